@@ -1,0 +1,1 @@
+"""The command line of synthlong: one file per verb, nothing but arguments and words."""

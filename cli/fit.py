@@ -1,0 +1,75 @@
+"""`synthlong fit`: train the inpainter or the lesion generator."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from enum import StrEnum
+from pathlib import Path
+
+import typer
+
+
+class Task(StrEnum):
+    """The two synthesis networks."""
+
+    inpainter = "inpainter"
+    generator = "generator"
+
+
+def fit(
+    task: Task = typer.Argument(..., help="Which network to train."),
+    cases: Path = typer.Argument(..., help="Manifest or folder of cases."),
+    out: Path = typer.Option(..., "-o", "--out", help="Weights to write (.safetensors), with a card beside them."),
+    steps: int = typer.Option(2000, help="Optimiser steps."),
+    hold_out: str = typer.Option(None, help="Patient kept out of training, on whom the error is measured."),
+    learning_rate: float = typer.Option(1e-4, help="Highest learning rate of Adam."),
+    sides: str = typer.Option("64", help="Patch sides in voxels, e.g. 32,48: crops around the areas train faster."),
+    seed: int = typer.Option(0, help="Seed of everything drawn."),
+    threads: int = typer.Option(0, help="CPU threads; 0: all."),
+    device: str = typer.Option("cpu", help="Torch device, e.g. cuda:0."),
+    precision: str = typer.Option("auto", help="bf16, float32 or auto."),
+    licence: str = typer.Option("unknown", help="Licence of the data, for the card."),
+) -> None:
+    """Train a synthesis network on single-visit scans with lesion masks.
+
+    Goes on from its checkpoint when stopped and called again.
+    """
+    import torch
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    import synthlong
+    from synthlong.errors import ConfigError
+    from synthlong.fitting import FitConfig, fit_on_cases
+    from synthlong.manifest import read_cases
+
+    try:
+        config = FitConfig(
+            steps=steps,
+            sides=tuple(int(s) for s in sides.split(",")),
+            learning_rate=learning_rate,
+            seed=seed,
+            precision=precision,
+            device=device,
+        )
+    except ValueError as error:
+        raise ConfigError(f"--sides {sides}: give whole numbers such as 32,48") from error
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"-o {out.name}: weights are named *.safetensors")
+    if threads:
+        torch.set_num_threads(threads)
+    words = ["synthlong", "fit", task.value, cases.name, "-o", out.name]
+    words += ["--steps", str(steps), "--learning-rate", str(learning_rate), "--sides", sides, "--seed", str(seed)]
+    words += ["--hold-out", hold_out] if hold_out else []
+    card = {"command": shlex.join(words), "licence": licence, "version": synthlong.__version__}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not sys.stderr.isatty()) as bars:
+        bar = bars.add_task("training", total=steps)
+
+        def show(step: int, _: int, loss: float) -> None:
+            bars.update(bar, completed=step, description=f"loss {loss:.4f}")
+
+        loaded = list(read_cases(cases))
+        figures = fit_on_cases(task.value, loaded, out, config=config, hold_out=hold_out, card=card, progress=show)
+    last = figures["curve"][-1]
+    typer.echo(f"{out.name}: " + ", ".join(f"{k} {v:g}" for k, v in last.items()))

@@ -1,0 +1,103 @@
+"""`synthlong VERB`: registers the verbs and turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import traceback
+import warnings
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from . import atlas, check, demo, export, fit, generate, replay, report
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="synthlong",
+    help="Synthetic longitudinal MS lesion data from single-visit FLAIR scans.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("demo")(demo.demo)
+app.command("check")(check.check)
+app.command("generate")(generate.generate)
+app.command("report")(report.report)
+app.command("export")(export.export)
+app.command("replay")(replay.replay)
+app.command("atlas")(atlas.atlas)
+app.command("fit")(fit.fit)
+
+
+@app.callback(invoke_without_command=True)
+def options(version: bool = typer.Option(False, "--version", help="Show the version and exit.")) -> None:
+    """Synthetic longitudinal MS lesion data from single-visit FLAIR scans."""
+    if version:
+        from synthlong import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+class _Terminated(BaseException):
+    """SIGTERM, so that `finally` blocks run."""
+
+
+def _on_sigterm(_signal: int, _frame: Any) -> None:
+    raise _Terminated
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    if category.__name__ == "InputWarning":
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit code (0 done, 1 some failed, 2 usage, 3 environment, 130, 143)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    if debug:
+        arguments.remove("--debug")
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
+    try:
+        result = app(arguments, standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        print("stopped", file=sys.stderr)
+        return 130
+    except _Terminated:
+        print("terminated", file=sys.stderr)
+        return 143
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        return _explain(error)
+
+
+def _explain(error: Exception) -> int:
+    from synthlong.errors import SynthlongError, short
+
+    if hasattr(error, "format_message"):  # a usage error of the argument parser
+        hint = getattr(getattr(error, "ctx", None), "command_path", "synthlong")
+        print(f"error: {error.format_message()}; see `{hint} --help`", file=sys.stderr)
+        return 2
+    if isinstance(error, SynthlongError):
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    if isinstance(error, OSError):
+        where = f"{short(error.filename)}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}; check path, permission and free space", file=sys.stderr)
+        return 3
+    print(f"error: {type(error).__name__}: {error}; run again with --debug for the traceback", file=sys.stderr)
+    return 1
+
+
+console = Console(stderr=True)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What is shipped with the code: maps, weights and demo cases; see `ATTRIBUTION.md`."""

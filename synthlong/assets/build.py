@@ -1,0 +1,166 @@
+"""Rebuild the shipped assets: `python -m synthlong.assets.build ASSET [DATA] [-o FOLDER]`.
+
+ASSET is prior, score (the table in `prior.md`), tissue, bank or cases.
+DATA is the folder of real data described in `ATTRIBUTION.md`; `tissue` needs nilearn instead of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+from collections.abc import Iterator
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+
+from synthlong import atlas
+from synthlong.nifti import read_nifti
+
+CASES = ("cs07", "cs19")
+CSIM_PATIENTS = 46.0
+CSIM_WEIGHT = 5.0  # what the shipped prior counts them as: `prior.md` says why
+FLAIR_STEP = 1e-3
+FWHMS_MM = (4.0, 6.0, 8.0, 10.0, 12.0, 16.0)
+
+
+def build_tissue(out: Path) -> None:
+    """Crop nilearn's ICBM 2009a symmetric maps to the MNI grid and store their left half in 6 bits.
+
+    The maps equal their mirror exactly, so x = -91..0 is enough; the crop is by whole voxels.
+    """
+    from nilearn import datasets
+
+    images = [
+        datasets.load_mni152_gm_template(resolution=1),
+        datasets.load_mni152_wm_template(resolution=1),
+        datasets.load_mni152_brain_mask(resolution=1),
+    ]
+    gm, wm, mask = (
+        atlas.sample_map(np.asanyarray(i.dataobj), i.affine, atlas.MNI_SHAPE, atlas.mni_affine())
+        for i in images
+    )
+    brain = mask > 0
+    for volume in (gm, wm, brain):
+        if not np.array_equal(volume[1:], atlas.mirror(volume)[1:]):
+            raise SystemExit("nilearn's maps are not symmetric any more: store them whole")
+    levels = atlas.TISSUE_LEVELS
+    wm6 = np.rint(wm * levels).astype(np.uint8) * brain
+    gm6 = np.minimum(np.rint(gm * levels).astype(np.uint8) * brain, levels - wm6)
+    half = slice(0, 92)
+    np.savez_compressed(out / "tissue.npz", gm=gm6[half], wm=wm6[half], brain=np.packbits(brain[half]))
+
+
+def build_prior(data: Path, out: Path) -> None:
+    """Build the shipped lesion frequency and store the logarithm of its left half in 8 bits."""
+    frequency = atlas.build_prior(_masks(data), background=(_csim(data), CSIM_WEIGHT))
+    coded = atlas.encode_log(atlas.with_floor(frequency))
+    if atlas.SYMMETRIC:
+        coded = coded[:92]
+    np.savez_compressed(out / "prior.npz", frequency=coded)
+
+
+def score_priors(data: Path) -> None:
+    """Print the held-out log-likelihood of each way of building the prior, as a Markdown table."""
+    masks, csim = list(_masks(data)), _csim(data)
+    print("| sources | symmetric | FWHM (mm) | floor | all 26 | SEM | open_ms (24) | mslesseg (2) |")
+    print("|---|---|---|---|---|---|---|---|")
+
+    def row(
+        sources: str, fwhm: float, both: bool, floor: float = 0.05, weight: float = CSIM_PATIENTS
+    ) -> None:
+        score = atlas.held_out_log_likelihood(
+            masks,
+            use_masks="masks" in sources,
+            background=(csim, weight) if "csim" in sources else None,
+            fwhm_mm=fwhm,
+            symmetric=both,
+            floor=floor,
+        )
+        groups = [[v for s, v in score.per_patient.items() if s.startswith(g)] for g in ("sub-cs", "sub-ml")]
+        cells = [f"{score.mean:.3f}", f"{score.sem:.3f}", *(f"{np.mean(g):.3f}" for g in groups)]
+        shape = [f"{fwhm:g}", f"{floor:g}"] if floor < 1 else ["-", "1"]
+        print("| " + " | ".join([sources, "yes" if both else "no", *shape, *cells]) + " |", flush=True)
+
+    row("uniform over the brain", 0, True, floor=1.0)
+    for fwhm in FWHMS_MM:
+        for both in (False, True):
+            for sources in ("csim", "masks", "masks + csim"):
+                row(sources, fwhm, both)
+    for weight in (5.0, 10.0, 20.0):
+        row(f"masks + csim as {weight:g} patients", atlas.FWHM_MM, True, weight=weight)
+    for floor in (0.005, 0.02, 0.1):
+        row(f"masks + csim as {CSIM_WEIGHT:g} patients", atlas.FWHM_MM, True, floor, CSIM_WEIGHT)
+
+
+def _masks(data: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    found = sorted(data.glob("open_ms/cross_sectional/*_desc-lesions_mask.nii.gz"))
+    found += sorted(data.glob("mslesseg/*_desc-lesions_mask.nii.gz"))
+    return map(atlas.read_mask, found)
+
+
+def _csim(data: Path) -> NDArray[np.float32]:
+    volume = read_nifti(data / "csim" / "prior_46_patients.nii.gz")
+    return atlas.sample_map(volume.data, volume.affine, atlas.MNI_SHAPE, atlas.mni_affine())
+
+
+def build_cases(data: Path, out: Path) -> None:
+    """Copy the two CC BY cases, FLAIR as int16 with a scale factor, masks as uint8, blank header text."""
+    folder = out / "cases"
+    folder.mkdir(exist_ok=True)
+    lines = ["subject,flair,mask"]
+    for case in CASES:
+        flair, mask = (f"sub-{case}_space-MNI152_{kind}.nii.gz" for kind in ("FLAIR", "desc-lesions_mask"))
+        lines.append(f"{case},{flair},{mask}")
+        for name in (flair, mask):
+            source = nib.load(data / "open_ms" / "cross_sectional" / name)
+            values = np.asanyarray(source.dataobj)
+            coded, step = _coded(values) if name == flair else ((values > 0).astype(np.uint8), 1.0)
+            header = nib.Nifti1Image(coded, source.affine).header
+            header.set_xyzt_units("mm")
+            header.set_sform(source.affine, code="mni")
+            header.set_qform(source.affine, code="mni")
+            header.set_slope_inter(step, 0.0)
+            header["vox_offset"], header["magic"] = 352, b"n+1"
+            raw = header.binaryblock + bytes(4) + coded.tobytes(order="F")
+            (folder / name).write_bytes(gzip.compress(raw, 9, mtime=0))
+    (folder / "cases.csv").write_text("\n".join(lines) + "\n")
+
+
+def _coded(values: NDArray) -> tuple[NDArray[np.int16], float]:
+    """Return int16 codes and their step, 0.1 % of the brain's mean (the error is half of it).
+
+    Voxels that are not 0 stay so (at the cost of up to a step), because they are the brain.
+    """
+    step = float(np.float32(FLAIR_STEP * values[values != 0].mean()))
+    codes = np.rint(values / step)
+    return np.where((values != 0) & (codes == 0), np.sign(values), codes).astype(np.int16), step
+
+
+def main() -> None:
+    """Rebuild one asset."""
+    parser = argparse.ArgumentParser(prog="python -m synthlong.assets.build", description=__doc__)
+    parser.add_argument("asset", choices=["prior", "score", "tissue", "bank", "cases"])
+    parser.add_argument("data", type=Path, nargs="?", help="folder of real data")
+    parser.add_argument("-o", "--out", type=Path, default=Path(__file__).parent, help="default: this folder")
+    args = parser.parse_args()
+    if args.asset == "tissue":
+        return build_tissue(args.out)
+    if args.data is None:
+        parser.error(f"{args.asset} needs the folder of real data")
+    if args.asset == "prior":
+        build_prior(args.data, args.out)
+    elif args.asset == "score":
+        score_priors(args.data)
+    elif args.asset == "cases":
+        build_cases(args.data, args.out)
+    else:
+        from synthlong.lesions import build_bank
+
+        build_bank(args.data, args.out / "lesion_bank.npz")
+    return None
+
+
+if __name__ == "__main__":
+    main()

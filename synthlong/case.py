@@ -1,0 +1,319 @@
+"""A case: one patient's FLAIR scan with its lesion mask, in one array convention.
+
+    NIfTI -> read_case -> Case
+
+MNI152 space, RAS+, 1 mm; intensities scaled so that the mode over brain tissue (no lesion, no CSF) is 1 and
+the background is 0. Every check of what a user hands in lives here and in `nifti`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from synthlong.atlas import sample_map, tissue_maps
+from synthlong.errors import InputError, InputWarning, short
+from synthlong.nifti import Volume, read_nifti
+from synthlong.tissue import CSF, classify_tissue
+
+__all__ = ["Case", "read_case"]
+
+_SMALLEST_SIDE_MM = 16
+_LARGEST_SIDE_MM = 512
+_KNOT_GRID = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A scan with its lesions, in MNI152 space, RAS+ at 1 mm; all arrays have one shape `(I, J, K)`.
+
+    Args:
+        id: Subject.
+        flair: float32, brain mode 1, background 0.
+        lesions: uint8, 1 in a lesion.
+        brain: uint8, 1 in the brain.
+        tissue: uint8, 0 background, 1 CSF, 2 gray matter, 3 white matter.
+        affine: `(4, 4)`, voxel to MNI millimetres.
+        healthy: float32, `flair` without its lesions, or None before inpainting.
+        scan_mean: Mean of the scan over its whole grid, in its own units.
+        scan_sd: Standard deviation of the scan over its whole grid, in its own units.
+        sources: SHA-256 of each file that was read, by role.
+        derived: Results worked out from the arrays, by the parameters they depend on.
+    """
+
+    id: str
+    flair: NDArray[np.float32]
+    lesions: NDArray[np.uint8]
+    brain: NDArray[np.uint8]
+    tissue: NDArray[np.uint8]
+    affine: NDArray[np.float64]
+    healthy: NDArray[np.float32] | None = None
+    scan_mean: float = 0.0
+    scan_sd: float = 1.0
+    sources: dict[str, str] = field(default_factory=dict)
+    derived: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("lesions", "brain", "tissue", "healthy"):
+            array = getattr(self, name)
+            if array is not None and array.shape != self.flair.shape:
+                raise ValueError(f"{name} has shape {array.shape}, flair {self.flair.shape}")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Grid size in voxels."""
+        i, j, k = self.flair.shape
+        return i, j, k
+
+
+def read_case(
+    flair: str | Path,
+    mask: str | Path,
+    *,
+    subject: str | None = None,
+    t1: str | Path | None = None,
+    brain: str | Path | None = None,
+    tissue: str | Path | None = None,
+    prefer: str | None = None,
+) -> Case:
+    """Read a FLAIR scan and its lesion mask, both in MNI152 space, any orientation and voxel size.
+
+    Args:
+        flair: FLAIR, NIfTI. Skull-stripped: without `brain`, its non-zero voxels are the brain.
+        mask: Lesion mask on the same grid: zero, and one other value.
+        subject: Case id; default: the file name up to its first `_`, without `sub-`.
+        t1: T1-weighted scan on the same grid; checked only.
+        brain: Brain mask on the same grid.
+        tissue: Labels on the same grid (0 background, 1 CSF, 2 GM, 3 WM); default: ICBM maps and the scan.
+        prefer: "sform" or "qform" where the two disagree.
+
+    Raises:
+        InputError: A file that cannot be used; the message names it, the problem and the way out.
+    """
+    flair, mask = Path(flair), Path(mask)
+    image = read_nifti(flair, prefer=prefer)
+    lesion = _read_beside(mask, image, prefer=prefer)
+    _check_mask(lesion, image)
+    others = {"t1": t1, "brain": brain, "tissue": tissue}
+    extra = {
+        role: _read_beside(Path(path), image, prefer=prefer, allow_empty=False)
+        for role, path in others.items()
+        if path is not None
+    }
+    grid = _Grid.of(image)
+    raw = image.data
+    brain_mask = extra["brain"].data != 0 if "brain" in extra else raw != 0
+    if "brain" in extra:
+        _check_binary(extra["brain"])
+        if np.array_equal(brain_mask, lesion.data != 0):
+            raise InputError(mask, "the lesion mask is the brain mask", "name the lesion mask in column 'mask'")
+    labels = None
+    if "tissue" in extra:
+        if not np.isin(extra["tissue"].data, (0, 1, 2, 3)).all():
+            way = "use 0 background, 1 CSF, 2 GM, 3 WM"
+            raise InputError(extra["tissue"].path, "tissue labels other than 0-3", way)
+        labels = grid.resample_labels(extra["tissue"].data)
+    inside = _clip_to_brain(lesion, brain_mask)
+    scan_mean, scan_sd = float(raw.mean(dtype=np.float64)), float(raw.std(dtype=np.float64))
+    values = grid.resample(_without_negatives(raw, brain_mask, flair))
+    brain_mask, inside = grid.resample_mask(brain_mask), grid.resample_mask(inside)
+    inside &= brain_mask
+    values = np.where(brain_mask, np.maximum(values, 0), 0).astype(np.float32)
+    if brain_mask.sum() < _SMALLEST_SIDE_MM**3 // 4:
+        raise InputError(flair, f"only {brain_mask.sum()} mm3 of brain", "pass the whole brain, or a larger box of it")
+    csf_gm_wm = tuple(np.clip(sample_map(m, grid.affine_of_maps, values.shape, grid.affine), 0, 1) for m in tissue_maps())
+    _check_looks(flair, values, brain_mask, csf_gm_wm)
+    if labels is None:
+        labels = classify_tissue(values, brain_mask, inside, csf_gm_wm)
+    labels = np.where(brain_mask, labels, 0).astype(np.uint8)
+    tissue_values = values[brain_mask & ~inside & (labels != CSF)]
+    if tissue_values.size < 1000 or tissue_values.min() == tissue_values.max():
+        raise InputError(flair, "too little brain tissue outside lesions and CSF", "check the brain mask and the labels")
+    values /= np.float32(_mode(tissue_values))
+    _warn_empty(lesion, inside)
+    return Case(
+        id=subject if subject is not None else _subject_of(flair),
+        flair=values,
+        lesions=inside.astype(np.uint8),
+        brain=brain_mask.astype(np.uint8),
+        tissue=labels,
+        affine=grid.affine,
+        scan_mean=scan_mean,
+        scan_sd=scan_sd,
+        sources={r: v.sha256 for r, v in {"flair": image, "mask": lesion, **extra}.items()},
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Grid:
+    """The way from a file's voxels to RAS+ at 1 mm: a flip or permutation, then, if needed, resampling."""
+
+    orientation: NDArray[Any]
+    reoriented: NDArray[np.float64]
+    shape: tuple[int, int, int]
+    affine: NDArray[np.float64]
+    keeps: bool
+
+    @property
+    def affine_of_maps(self) -> NDArray[np.float64]:
+        from synthlong.atlas import mni_affine
+
+        return mni_affine()
+
+    @classmethod
+    def of(cls, image: Volume) -> _Grid:
+        orientation = nib.orientations.io_orientation(image.affine)
+        back = nib.orientations.inv_ornt_aff(orientation, image.data.shape)
+        affine = image.affine @ back
+        shape = nib.orientations.apply_orientation(image.data, orientation).shape
+        sides = np.linalg.norm(affine[:3, :3], axis=0)
+        if not image.coded:
+            warnings.warn(f"{short(image.path)}: neither sform nor qform is set", InputWarning, stacklevel=3)
+        if sides.max() > 3.01 * sides.min():
+            text = " x ".join(f"{s:.2g}" for s in sides)
+            warnings.warn(f"{short(image.path)}: very anisotropic voxels, {text} mm", InputWarning, stacklevel=3)
+        extent = np.array(shape) * sides
+        if extent.min() < _SMALLEST_SIDE_MM - 0.5:
+            way = f"pass at least {_SMALLEST_SIDE_MM} mm a side"
+            raise InputError(image.path, f"the scan is only {extent.min():.0f} mm wide", way)
+        if np.abs(affine[:3, :3] - np.eye(3)).max() < 1e-3:
+            return cls(orientation, affine, shape, affine, keeps=True)
+        corners = np.array(np.meshgrid(*[(-0.5, n - 0.5) for n in shape], indexing="ij")).reshape(3, -1)
+        world = affine[:3, :3] @ corners + affine[:3, 3:]
+        first, last = np.ceil(world.min(axis=1) - 1e-3), np.floor(world.max(axis=1) + 1e-3)
+        size = (last - first + 1).astype(int)
+        if size.max() > _LARGEST_SIDE_MM:
+            raise InputError(image.path, f"the scan spans {size.max()} mm", "check the header's voxel size")
+        target = np.eye(4)
+        target[:3, 3] = first
+        return cls(orientation, affine, (int(size[0]), int(size[1]), int(size[2])), target, keeps=False)
+
+    def _turn(self, data: NDArray) -> NDArray:
+        return np.ascontiguousarray(nib.orientations.apply_orientation(data, self.orientation))
+
+    def _interpolate(self, data: NDArray, order: int) -> NDArray[np.float32]:
+        step = np.linalg.inv(self.reoriented) @ self.affine
+        data = data.astype(np.float32)
+        fine = np.maximum(1 / np.linalg.norm(self.reoriented[:3, :3], axis=0), 1)
+        if order and fine.max() > 1.01:  # finer than 1 mm: average before taking every n-th sample
+            data = ndimage.gaussian_filter(data, np.sqrt(fine**2 - 1) / 2.355, mode="nearest")
+        return ndimage.affine_transform(
+            data, step[:3, :3], step[:3, 3], self.shape, output=np.float32, order=order, mode="constant"
+        )
+
+    def resample(self, data: NDArray) -> NDArray[np.float32]:
+        data = self._turn(data)
+        return data.astype(np.float32) if self.keeps else self._interpolate(data, 3)
+
+    def resample_mask(self, data: NDArray) -> NDArray[np.bool_]:
+        data = self._turn(data)
+        return data != 0 if self.keeps else self._interpolate(data, 1) >= 0.5
+
+    def resample_labels(self, data: NDArray) -> NDArray[np.uint8]:
+        data = self._turn(data)
+        return (data if self.keeps else self._interpolate(data, 0)).astype(np.uint8)
+
+
+def _read_beside(path: Path, image: Volume, *, prefer: str | None, allow_empty: bool = True) -> Volume:
+    """Read a volume that must lie on the FLAIR's grid."""
+    volume = read_nifti(path, prefer=prefer, allow_empty=allow_empty)
+    if volume.data.shape != image.data.shape:
+        problem = f"shape {volume.data.shape}, but {short(image.path)} has {image.data.shape}"
+        raise InputError(path, problem, "resample one onto the other's grid")
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in image.data.shape], indexing="ij")).reshape(3, -1)
+    apart = np.linalg.inv(image.affine) @ volume.affine
+    moved = apart[:3, :3] @ corners + apart[:3, 3:] - corners
+    if np.abs(moved).max() > 1e-3:
+        problem = f"its grid lies {np.abs(moved).max():.3g} voxel off that of {short(image.path)}"
+        raise InputError(path, problem, "resample one onto the other's grid")
+    return volume
+
+
+def _check_binary(volume: Volume) -> None:
+    positive = volume.data[volume.data != 0]
+    if positive.size and (positive.min() != positive.max() or positive.min() < 0):
+        problem = f"not a binary mask (values from {positive.min():g} to {positive.max():g} beside 0)"
+        raise InputError(volume.path, problem, "threshold it so that it holds 0 and one other value")
+
+
+def _check_mask(mask: Volume, image: Volume) -> None:
+    if mask.sha256 == image.sha256:
+        raise InputError(mask.path, "the mask is the FLAIR itself", "name the lesion mask in column 'mask'")
+    _check_binary(mask)
+    lesion, scan = mask.data != 0, image.data != 0
+    if lesion.any() and lesion.sum() > 0.5 * scan.sum():
+        problem = f"the mask covers {lesion.sum() / scan.sum():.0%} of the scan, like a brain mask"
+        raise InputError(mask.path, problem, "name the lesion mask in column 'mask'")
+
+
+def _clip_to_brain(mask: Volume, brain: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    lesion = mask.data != 0
+    outside = int((lesion & ~brain).sum())
+    if outside > 0.1 * lesion.sum():
+        problem = f"{outside} of {lesion.sum()} lesion voxels lie outside the brain"
+        raise InputError(mask.path, problem, "check that mask and scan belong together")
+    if outside:
+        text = f"{short(mask.path)}: {outside} of {lesion.sum()} lesion voxels outside the brain are left out"
+        warnings.warn(text, InputWarning, stacklevel=3)
+    return lesion & brain
+
+
+def _warn_empty(mask: Volume, inside: NDArray[np.bool_]) -> None:
+    if not inside.any():
+        text = "no lesion in the mask: only synthetic lesions will change"
+        warnings.warn(f"{short(mask.path)}: {text}", InputWarning, stacklevel=3)
+
+
+def _without_negatives(raw: NDArray, brain: NDArray[np.bool_], path: Path) -> NDArray[np.float32]:
+    """Shift z-scored scans to start at 0; clip a few negative voxels."""
+    inside = raw[brain]
+    negative = int((inside < 0).sum())
+    shift = 0.0
+    if negative > 0.01 * inside.size:
+        shift = float(np.percentile(inside, 0.5))
+        text = f"{negative / inside.size:.0%} of the brain is negative; shifted by {-shift:.4g}"
+        warnings.warn(f"{short(path)}: {text}", InputWarning, stacklevel=3)
+    elif negative:
+        warnings.warn(f"{short(path)}: {negative} negative voxels set to 0", InputWarning, stacklevel=3)
+    return np.where(brain, np.maximum(raw - shift, 0), 0).astype(np.float32)
+
+
+def _check_looks(
+    path: Path, values: NDArray[np.float32], brain: NDArray[np.bool_], maps: tuple[NDArray[np.float32], ...]
+) -> None:
+    """Warn of scans that are probably not skull-stripped FLAIR in MNI space."""
+    csf, gm, wm = maps
+    head = ndimage.binary_dilation(csf + gm + wm > 0.5, iterations=5)
+    outside = (brain & ~head).sum() / max(brain.sum(), 1)
+    if outside > 0.15:
+        text = f"{outside:.0%} of its non-zero voxels lie outside the MNI brain: skull, or not in MNI space?"
+        warnings.warn(f"{short(path)}: {text}", InputWarning, stacklevel=3)
+    regions = [values[brain & (m > 0.95)] for m in (csf, gm, wm)]
+    if min(len(r) for r in regions) < 100:
+        return
+    dark, gray, white = (float(np.median(r)) for r in regions)
+    if dark > 0.9 * white or gray < 0.85 * white:
+        text = f"looks like no FLAIR (CSF {dark / white:.2f}, gray matter {gray / white:.2f} of white matter)"
+        warnings.warn(f"{short(path)}: {text}", InputWarning, stacklevel=3)
+
+
+def _mode(values: NDArray[np.float32]) -> float:
+    """Return the mode by a Gaussian kernel density estimate (Silverman's bandwidth, on a fine grid)."""
+    low, high = np.percentile(values, (0.1, 99.9))
+    counts, edges = np.histogram(values, bins=_KNOT_GRID, range=(float(low), float(high)))
+    spread = min(float(values.std()), float(np.subtract(*np.percentile(values, (75, 25)))) / 1.349) or 1.0
+    bandwidth = 0.9 * spread * values.size**-0.2
+    density = ndimage.gaussian_filter1d(counts.astype(float), bandwidth / (edges[1] - edges[0]), mode="constant")
+    best = int(density.argmax())
+    return float(edges[best] + edges[best + 1]) / 2
+
+
+def _subject_of(path: Path) -> str:
+    return path.name.split("_")[0].split(".")[0].removeprefix("sub-")

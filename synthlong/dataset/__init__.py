@@ -1,0 +1,1 @@
+"""Pairs on disk: `writer` and `reader` know one shard file, `shards` the run made of them."""

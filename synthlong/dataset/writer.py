@@ -1,0 +1,293 @@
+"""One shard file in the making: samples to bytes, and bytes to a file that is whole or absent.
+
+A shard is built in memory and published by rename: HDF5 itself never touches the disk.
+`shards/NNNNN.json`, written after its shard, is the record that the shard is done.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import crc32c
+import h5py
+import hdf5plugin
+import numpy as np
+from numpy.typing import NDArray
+
+from synthlong.dataset.reader import IMAGES, MASKS, SCHEMA, VOLUMES
+from synthlong.errors import ConfigError, OutputError, SynthlongError
+
+__all__ = ["Sample", "canonical_json", "encode_shard", "publish", "shard_path", "write_shard"]
+
+_BLOSC_LZ4 = hdf5plugin.Blosc(cname="lz4", clevel=5, shuffle=hdf5plugin.Blosc.SHUFFLE)
+_FILTERS: dict[str, list[tuple[int, tuple[int, ...]]]] = {
+    "blosc-lz4": [(_BLOSC_LZ4.filter_id, _BLOSC_LZ4.filter_options)],
+    "none": [],
+}
+_HIGHEST = dict.fromkeys(MASKS, 1) | {"evolution": 5}
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One pair as a shard stores it, arrays in the table's order.
+
+    Args:
+        baseline: First visit, shape `(S, S, S)`, any float dtype, brain mode = 1; stored as float16.
+        followup: Second visit, likewise.
+        new_lesions: uint8 or bool `(S, S, S)`, as the other masks; 0 or 1.
+        evolution: 0 to 5.
+        lesions_baseline: 0 or 1.
+        lesions_followup: 0 or 1.
+        recipe: The recipe as JSON.
+        subject: Whose scan it was made from: the unit that `split` keeps together.
+    """
+
+    baseline: NDArray[Any]
+    followup: NDArray[Any]
+    new_lesions: NDArray[Any]
+    evolution: NDArray[Any]
+    lesions_baseline: NDArray[Any]
+    lesions_followup: NDArray[Any]
+    recipe: str
+    subject: str
+
+
+def canonical_json(obj: object) -> str:
+    """Return the one JSON text that stands for `obj`: sorted keys, no spaces, a newline at the end."""
+    return json.dumps(obj, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n"
+
+
+def encode_shard(
+    samples: Sequence[Sample],
+    *,
+    config_json: str,
+    versions_json: str,
+    spacing_mm: float = 1.0,
+    compression: str = "blosc-lz4",
+    first_index: int = 0,
+) -> tuple[bytes, dict[str, Any]]:
+    """Return a shard's bytes and its sidecar; the same arguments give the same bytes.
+
+    Args:
+        samples: At least one, all of the same side.
+        config_json: Canonical configuration, stored as attribute `config`.
+        versions_json: Versions of what made the samples, stored as attribute `versions`.
+        spacing_mm: Edge of a voxel.
+        compression: "blosc-lz4" or "none".
+        first_index: Global pair index of the first sample; the others follow it.
+
+    Raises:
+        ConfigError: Unknown `compression`.
+        SynthlongError: An image holds values that are not finite in float16.
+        ValueError: Arrays of another shape or dtype, or values outside the contract.
+    """
+    if compression not in _FILTERS:
+        raise ConfigError(f"compression must be one of {', '.join(_FILTERS)}, not {compression!r}")
+    if not samples:
+        raise ValueError("a shard needs at least one sample")
+    n, side = len(samples), samples[0].baseline.shape[0]
+    stored = [_stored(sample, side, first_index + k) for k, sample in enumerate(samples)]
+    recipes = [sample.recipe.encode() for sample in samples]
+
+    buffer = io.BytesIO()
+    with _blosc_environment_ignored(), h5py.File(buffer, "w", libver="latest") as file:
+        for name, dtype in VOLUMES.items():
+            shape = (side, side, side)
+            dataset = _create(file, name, dtype, (n, *shape), chunk=(1, *shape), compression=compression)
+            for k, arrays in enumerate(stored):
+                dataset[k] = arrays[name]
+        for name, values in (
+            ("recipe_json", np.frombuffer(b"".join(recipes), np.uint8)),
+            ("recipe_end", np.cumsum([len(recipe) for recipe in recipes], dtype="<i8")),
+        ):
+            dataset = _create(file, name, values.dtype, values.shape, values.shape, compression)
+            dataset[...] = values
+        file.attrs["schema"] = SCHEMA
+        file.attrs["config"] = config_json
+        file.attrs["versions"] = versions_json
+        file.attrs["spacing_mm"] = np.float64(spacing_mm)
+    data = buffer.getvalue()
+
+    chunk_sums = _chunk_sums(data, n)
+    records = [
+        {
+            "index": first_index + k,
+            "subject": sample.subject,
+            "sha256": _sample_sha256(stored[k], recipes[k]),
+            "crc32c": chunk_sums[k],
+        }
+        for k, sample in enumerate(samples)
+    ]
+    return data, {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "n": n, "samples": records}
+
+
+def publish(path: str | Path, data: bytes) -> None:
+    """Write `data` to `path` so that the name shows all of it or what it showed before.
+
+    Raises:
+        OutputError: The file cannot be written; nothing of it is left behind.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            try:
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[os.write(descriptor, rest) :]
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise _output_error(path, error, len(data)) from error
+
+
+def write_shard(
+    folder: str | Path,
+    number: int,
+    samples: Sequence[Sample],
+    *,
+    first_index: int,
+    config_json: str,
+    versions_json: str,
+    spacing_mm: float = 1.0,
+    compression: str = "blosc-lz4",
+) -> dict[str, Any]:
+    """Publish `folder/shards/NNNNN.h5`, then its sidecar, and return the sidecar; see `encode_shard`."""
+    data, sidecar = encode_shard(
+        samples,
+        config_json=config_json,
+        versions_json=versions_json,
+        spacing_mm=spacing_mm,
+        compression=compression,
+        first_index=first_index,
+    )
+    shard = shard_path(Path(folder), number)
+    try:
+        shard.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _output_error(shard.parent, error, 0) from error
+    publish(shard, data)
+    publish(shard.with_suffix(".json"), canonical_json(sidecar).encode())
+    return sidecar
+
+
+def shard_path(out: Path, number: int) -> Path:
+    """Return where shard `number` of the run in `out` lies."""
+    return out / "shards" / f"{number:05d}.h5"
+
+
+def _stored(sample: Sample, side: int, index: int) -> dict[str, NDArray[Any]]:
+    """Return the arrays as the table wants them, or raise if one cannot be stored faithfully."""
+    if not sample.recipe:
+        raise ValueError(f"pair {index}: the recipe is empty")
+    arrays = {}
+    for name, dtype in VOLUMES.items():
+        array = np.asarray(getattr(sample, name))
+        fitting = array.dtype.kind == "f" if name in IMAGES else array.dtype in (np.bool_, np.uint8)
+        if not fitting or side < 1 or array.shape != (side, side, side):
+            raise ValueError(f"pair {index}: {name} is {array.dtype} {array.shape}, side {side}")
+        with np.errstate(over="ignore"):
+            arrays[name] = np.ascontiguousarray(array, dtype)
+        if name in IMAGES:
+            if not np.isfinite(arrays[name]).all():
+                raise SynthlongError(
+                    f"pair {index} ({sample.subject}): {name} holds NaN or values beyond float16 (65504); "
+                    "check the scan with `synthlong check`"
+                )
+        elif arrays[name].max() > _HIGHEST[name]:
+            raise ValueError(f"pair {index}: {name} holds values above {_HIGHEST[name]}")
+    return arrays
+
+
+def _create(
+    file: Any,
+    name: str,
+    dtype: np.dtype[Any],
+    shape: tuple[int, ...],
+    chunk: tuple[int, ...],
+    compression: str,
+) -> Any:
+    """Create a dataset through HDF5 itself: h5py puts fletcher32 before the compression."""
+    plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    plist.set_chunk(chunk)
+    plist.set_obj_track_times(False)
+    for code, options in _FILTERS[compression]:
+        plist.set_filter(code, h5py.h5z.FLAG_OPTIONAL, options)  # optional: a chunk that grows stays plain
+    plist.set_fletcher32()
+    space, kind = h5py.h5s.create_simple(shape), h5py.h5t.py_create(dtype)
+    return h5py.Dataset(h5py.h5d.create(file.id, name.encode(), kind, space, plist))
+
+
+@contextmanager
+def _blosc_environment_ignored() -> Iterator[None]:
+    """Hide BLOSC_NTHREADS, BLOSC_CLEVEL, ...: each changes the bytes, threads even from run to run."""
+    hidden = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("BLOSC_")}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def _chunk_sums(data: bytes, n: int) -> list[dict[str, int]]:
+    """Return for each sample the crc32c of each dataset's chunk, as it lies in the file."""
+    view = memoryview(data)
+    with h5py.File(io.BytesIO(data), "r") as file:
+        return [
+            {
+                name: crc32c.crc32c(view[chunk.byte_offset : chunk.byte_offset + chunk.size])
+                for name in VOLUMES
+                for chunk in [file[name].id.get_chunk_info_by_coord((k, 0, 0, 0))]
+            }
+            for k in range(n)
+        ]
+
+
+def _sample_sha256(arrays: dict[str, NDArray[Any]], recipe: bytes) -> str:
+    digest = hashlib.sha256()
+    for name in VOLUMES:
+        digest.update(arrays[name].data)
+    digest.update(recipe)
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems without it have nothing to sync
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _output_error(path: Path, error: OSError, size: int) -> OutputError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        try:
+            free = f"{shutil.disk_usage(path.parent).free / 1e6:.1f} MB"
+        except OSError:
+            free = "an unknown amount"
+        problem = f"no space left ({error.strerror}): needs {size / 1e6:.1f} MB, {free} free"
+        return OutputError(path, problem, "free some space or a quota, then run the same command again")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return OutputError(path, f"cannot be written ({error.strerror})", "choose a folder you may write to")
+    return OutputError(path, f"cannot be written ({error.strerror})", "check the disk, then run it again")

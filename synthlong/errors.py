@@ -1,0 +1,64 @@
+"""What can go wrong, as types: each message names the file, the problem and the way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = ["ConfigError", "InputError", "OutputError", "ShardCorruptError", "SynthlongError"]
+
+
+def short(path: str | Path) -> str:
+    """Return `directory/name`, the form in which messages name files (no absolute path leaks)."""
+    parts = Path(path).parts
+    return "/".join(parts[-2:]) if len(parts) > 1 and parts[-2] != "/" else Path(path).name
+
+
+class SynthlongError(Exception):
+    """Base of all errors that are the user's to act on; `exit_code` is the command line's."""
+
+    exit_code = 1
+
+
+class InputError(SynthlongError):
+    """A file that cannot be used.
+
+    Args:
+        path: The file, folder or manifest.
+        problem: What is wrong with it, in a few words.
+        way_out: What the user can do about it.
+    """
+
+    def __init__(self, path: str | Path, problem: str, way_out: str) -> None:
+        super().__init__(path, problem, way_out)
+        self.path, self.problem, self.way_out = Path(path), problem, way_out
+
+    def __str__(self) -> str:
+        return f"{short(self.path)}: {self.problem}; {self.way_out}"
+
+
+class InputWarning(UserWarning):
+    """A file that can be used but deserves a look."""
+
+
+class ConfigError(SynthlongError):
+    """An option or configuration value outside its range."""
+
+    exit_code = 2
+
+
+class OutputError(InputError):
+    """A place that cannot be written to: permission, space, or held by another run."""
+
+    exit_code = 3
+
+
+class ShardCorruptError(InputError):
+    """A shard whose bytes are not those that were written."""
+
+    def __init__(self, path: str | Path, sample: int | None, problem: str) -> None:
+        where = problem if sample is None else f"sample {sample}: {problem}"
+        super().__init__(path, where, "copy the shard again or generate it anew")
+        self.sample = sample
+
+    def __reduce__(self) -> tuple[type, tuple[Path, int | None, str]]:
+        return type(self), (self.path, self.sample, self.problem)

@@ -1,0 +1,261 @@
+"""Train the two synthesis networks: one loop for both, seeded, resumable, with a patient held out.
+
+    draw samples -> predict the change to the first guess -> mean squared error in the hole -> Adam
+
+Loss and optimiser are those of Kamraoui et al. 2022, section 2.6 (MSE, Adam with beta1 0.9); the error is taken in
+the hole only, each sample counting the same whatever its lesion's size.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from synthlong import inpainting, painting
+from synthlong.atlas import lesion_prior, sample_map
+from synthlong.case import Case
+from synthlong.errors import ConfigError, InputError
+from synthlong.lesions import read_bank
+from synthlong.networks import UNet, UNetConfig, default_precision
+from synthlong.sampling import Sample
+from synthlong.weights import write_weights
+
+__all__ = ["FitConfig", "Sampler", "fit", "fit_on_cases", "hole_errors"]
+
+_HELD_OUT_SAMPLES = 64
+_CHECKPOINT_EVERY_S = 120
+
+
+class Sampler(Protocol):
+    """What draws training samples."""
+
+    def draw(self, rng: np.random.Generator, *, side: int, varied: bool = True) -> Sample:
+        """Draw one sample of `side`^3 voxels."""
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How to train.
+
+    Args:
+        steps: Optimiser steps.
+        sides: Patch sides in voxels; a step takes one of them.
+        voxels: Voxels of a batch: as many patches as fit.
+        learning_rate: Of Adam, at its highest: it rises over the first 3 % and falls to 0 along a cosine.
+        seed: Seed of everything drawn.
+        report_every: Steps between evaluations on the patient held out.
+        precision: "bf16", "float32" or "auto".
+        device: Torch device.
+    """
+
+    steps: int = 2000
+    sides: tuple[int, ...] = (32, 48)
+    voxels: int = 16 * 32**3
+    learning_rate: float = 1e-4
+    seed: int = 0
+    report_every: int = 100
+    precision: str = "auto"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.precision == "auto":
+            object.__setattr__(self, "precision", default_precision(self.device))
+        if self.steps < 1 or not self.sides or min(self.sides) < 16 or self.learning_rate <= 0:
+            raise ConfigError("fit: steps must be >= 1, sides >= 16 voxels, learning_rate > 0")
+
+
+def fit(
+    config: FitConfig,
+    *,
+    task: str,
+    network: UNetConfig,
+    training: Sampler,
+    held_out: Sampler | None,
+    out: Path,
+    card: dict[str, Any],
+    progress: Callable[[int, int, float], None] | None = None,
+) -> dict[str, Any]:
+    """Train, write weights and card to `out`, return the card's figures.
+
+    A checkpoint lies beside `out` while training runs; the same call goes on from it, and gives what an uninterrupted
+    one gives, since step t draws from (seed, t) alone.
+
+    Args:
+        config: How to train.
+        task: "inpainter" or "generator".
+        network: Size of the network.
+        training: Draws samples of the training patients.
+        held_out: Draws samples of the patient held out.
+        out: The `.safetensors` file.
+        card: What the card says beside the figures.
+        progress: Called as (step, steps, loss).
+    """
+    torch.manual_seed(config.seed)
+    model = UNet(network).to(config.device, memory_format=torch.channels_last_3d)
+    adam = torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.999))
+    checkpoint = out.with_suffix(".checkpoint")
+    settings = {**asdict(config), "sides": list(config.sides)}
+    first, curve, seconds = _resume(checkpoint, settings, model, adam)
+    started = saved = time.monotonic()
+    losses: list[float] = []
+    for step in range(first, config.steps):
+        for group in adam.param_groups:
+            group["lr"] = config.learning_rate * _schedule(step / config.steps)
+        batch = _draw_batch(training, config, step)
+        model.train()
+        loss = _mse(model, batch, config)
+        adam.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adam.step()
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise InputError(out, f"the loss is not finite at step {step}", "lower the learning rate")
+        done = step + 1
+        if progress:
+            progress(done, config.steps, losses[-1])
+        if done % config.report_every == 0 or done == config.steps:
+            point: dict[str, float] = {"step": done, "loss": round(float(np.mean(losses)), 6)}
+            if held_out is not None:
+                point |= hole_errors(model, held_out, config)
+            curve.append(point)
+            losses = []
+        if time.monotonic() - saved > _CHECKPOINT_EVERY_S and not losses:
+            saved = time.monotonic()
+            _save(checkpoint, settings, model, adam, done, curve, seconds + saved - started)
+    figures = {"curve": curve, "fit": settings, "seconds": round(seconds + time.monotonic() - started)}
+    write_weights(out, model, task=task, card={**card, **figures})
+    checkpoint.unlink(missing_ok=True)
+    return figures
+
+
+def fit_on_cases(
+    task: str,
+    cases: list[Case],
+    out: Path,
+    *,
+    config: FitConfig,
+    hold_out: str | None,
+    card: dict[str, Any],
+    progress: Callable[[int, int, float], None] | None = None,
+) -> dict[str, Any]:
+    """Train the "inpainter" or the "generator" on cases; see `fit`.
+
+    Args:
+        task: Which network.
+        cases: Scans with lesion masks; several visits of a patient have ids `ID_ses-N`.
+        out: The `.safetensors` file.
+        config: How to train.
+        hold_out: Patient whose visits are kept out of training and measure the error.
+        card: What the card says beside the figures.
+        progress: Called as (step, steps, loss).
+    """
+
+    def patient(case: Case) -> str:
+        return case.id.split("_ses-")[0]
+
+    patients = sorted({patient(c) for c in cases})
+    if hold_out is not None and hold_out not in patients:
+        raise ConfigError(f"--hold-out {hold_out}: no such patient; there are {', '.join(patients)}")
+    groups = [[c for c in cases if patient(c) != hold_out], [c for c in cases if patient(c) == hold_out]]
+    if not groups[0]:
+        raise ConfigError("no patient is left to train on; pass more cases, or hold none out")
+    samplers: list[Sampler | None] = [None, None]
+    network = inpainting.NETWORK if task == "inpainter" else painting.NETWORK
+    for n, group in enumerate(groups):
+        if group and task == "inpainter":
+            frequency, affine = lesion_prior()
+            maps = [sample_map(frequency, affine, c.shape, c.affine) for c in group]
+            samplers[n] = inpainting.HealthySampler(group, bank=read_bank(), frequency=maps)
+        elif group:
+            samplers[n] = painting.LesionSampler(group)
+    training, held_out = samplers
+    assert training is not None
+    about = {"patients": patients, "held_out": hold_out, "sources": {c.id: c.sources for c in cases}}
+    return fit(
+        config,
+        task=task,
+        network=network,
+        training=training,
+        held_out=held_out,
+        out=out,
+        card={**card, **about},
+        progress=progress,
+    )
+
+
+def hole_errors(model: UNet, sampler: Sampler, config: FitConfig) -> dict[str, float]:
+    """Return errors in the hole on fixed samples of the patient held out (brain mode = 1).
+
+    `mae` of the network, `mae_first_guess` of the smooth fill that it corrects, `bias` (mean of prediction minus truth).
+    """
+    model.eval()
+    errors = []
+    for n in range(_HELD_OUT_SAMPLES):
+        rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(1, n)))
+        sample = sampler.draw(rng, side=config.sides[n % len(config.sides)], varied=False)
+        inputs = torch.from_numpy(sample.inputs)[None].repeat(2, 1, 1, 1, 1).to(config.device)
+        with torch.inference_mode(), _autocast(config):
+            change = model(inputs.to(memory_format=torch.channels_last_3d))[0].float().cpu().numpy()
+        hole = sample.weight > 0.5
+        guess, truth = sample.inputs[1:2][hole], sample.target[hole]
+        wrong = guess + change[hole] - truth
+        errors.append((np.abs(wrong).mean(), np.abs(guess - truth).mean(), wrong.mean()))
+    mae, first, bias = np.mean(errors, axis=0)
+    return {"mae": round(float(mae), 5), "mae_first_guess": round(float(first), 5), "bias": round(float(bias), 5)}
+
+
+def _autocast(config: FitConfig) -> torch.autocast:
+    kind = torch.device(config.device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=config.precision == "bf16")
+
+
+def _draw_batch(sampler: Sampler, config: FitConfig, step: int) -> list[Tensor]:
+    rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(0, step)))
+    side = config.sides[int(rng.integers(len(config.sides)))]
+    size = max(config.voxels // side**3, 1)
+    samples = [sampler.draw(rng, side=side) for _ in range(size)]
+    fields = ([s.inputs for s in samples], [s.target for s in samples], [s.weight for s in samples])
+    return [torch.from_numpy(np.stack(f)).to(config.device) for f in fields]
+
+
+def _mse(model: UNet, batch: list[Tensor], config: FitConfig) -> Tensor:
+    inputs, target, weight = batch
+    with _autocast(config):
+        change = model(inputs.to(memory_format=torch.channels_last_3d))
+    wrong = (inputs[:, 1:2] + change.float() - target) ** 2 * weight
+    return (wrong.sum(dim=(1, 2, 3, 4)) / weight.sum(dim=(1, 2, 3, 4)).clamp(min=1e-6)).mean()
+
+
+def _schedule(t: float) -> float:
+    return min(t / 0.03 + 0.01, 1.0) * 0.5 * (1 + math.cos(math.pi * t))
+
+
+def _save(
+    path: Path, settings: dict[str, Any], model: UNet, adam: torch.optim.Adam, step: int, curve: list, seconds: float
+) -> None:
+    state = {"model": model.state_dict(), "adam": adam.state_dict(), "step": step, "curve": curve}
+    torch.save({**state, "settings": settings, "seconds": seconds}, path.with_suffix(".writing"))
+    path.with_suffix(".writing").replace(path)
+
+
+def _resume(
+    path: Path, settings: dict[str, Any], model: UNet, adam: torch.optim.Adam
+) -> tuple[int, list[dict[str, float]], float]:
+    if not path.exists():
+        return 0, [], 0.0
+    state = torch.load(path, weights_only=True, map_location=next(model.parameters()).device)
+    if state["settings"] != settings:
+        changed = sorted(k for k in settings if settings[k] != state["settings"].get(k))
+        raise InputError(path, f"the checkpoint was made with other settings ({', '.join(changed)})", "remove it")
+    model.load_state_dict(state["model"])
+    adam.load_state_dict(state["adam"])
+    return state["step"], state["curve"], state["seconds"]

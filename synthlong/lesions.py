@@ -1,0 +1,266 @@
+"""Lesions as objects: the connected ones of a mask, parts of one, and a bank of real shapes.
+
+Confluent lesions are one 26-connected component that can hold most of a patient's lesion load; as a whole
+they neither appear nor vanish, so those above a limit are split at their necks first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from synthlong.errors import InputError
+from synthlong.hole import grown_box
+
+__all__ = ["SMALLEST_EVENT_MM3", "LesionBank", "LesionMap", "Shape", "build_bank", "core", "find_lesions"]
+
+SMALLEST_EVENT_MM3 = 3.0
+"""No lesion of this volume or less is new or vanished: the challenge's scores drop those."""
+
+_TOUCHING = np.ones((3, 3, 3), bool)
+_NECK_RADIUS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class LesionMap:
+    """The lesions of a scan, numbered from 1.
+
+    Args:
+        labels: int32 `(I, J, K)`, 0 where there is no lesion.
+        volumes_mm3: Volume of each lesion.
+        boxes: Bounding box of each.
+        mutable: For each, whether it may appear, vanish, grow or shrink: larger than 3 mm3, no larger than the limit.
+    """
+
+    labels: NDArray[np.int32]
+    volumes_mm3: NDArray[np.float64]
+    boxes: tuple[tuple[slice, ...], ...]
+    mutable: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+
+def find_lesions(mask: NDArray, *, max_event_mm3: float, voxel_mm3: float = 1.0) -> LesionMap:
+    """Number the 26-connected lesions of a mask, splitting those over `max_event_mm3` at their necks.
+
+    The split is a watershed of the distance to the border, from maxima at least 4 voxels apart. Parts that are
+    still too large stay as they are: present at both visits.
+
+    Args:
+        mask: Lesion voxels, shape `(I, J, K)`, zero or not.
+        max_event_mm3: Largest lesion that may change between the visits.
+        voxel_mm3: Volume of a voxel.
+    """
+    labels, n = ndimage.label(np.asarray(mask) != 0, _TOUCHING)
+    labels = labels.astype(np.int32, copy=False)
+    volumes = np.bincount(labels.ravel(), minlength=n + 1)[1:] * voxel_mm3
+    for number, box in enumerate(ndimage.find_objects(labels), start=1):
+        if volumes[number - 1] > max_event_mm3:
+            whole = labels[box] == number
+            parts = _split_at_necks(whole)
+            extra = parts > 1
+            labels[box][extra] = parts[extra] - 1 + n
+            n += int(parts.max()) - 1
+    volumes = np.bincount(labels.ravel(), minlength=n + 1)[1:] * voxel_mm3
+    return LesionMap(
+        labels=labels,
+        volumes_mm3=volumes,
+        boxes=tuple(ndimage.find_objects(labels)),
+        mutable=(volumes > SMALLEST_EVENT_MM3) & (volumes <= max_event_mm3),
+    )
+
+
+def _split_at_necks(whole: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """Return parts 1..n of one lesion by the watershed of its distance map."""
+    padded = np.pad(whole, 1)
+    depth = ndimage.gaussian_filter(ndimage.distance_transform_edt(padded), 1.0) * padded
+    peak = padded & (depth == ndimage.maximum_filter(depth, size=2 * _NECK_RADIUS + 1))
+    seeds, n = ndimage.label(peak, _TOUCHING)
+    if n < 2:
+        return whole.astype(np.int32)
+    height = np.round(250 * (1 - depth / depth.max())).astype(np.uint8)
+    height[~padded] = 255
+    seeds = seeds.astype(np.int32)
+    seeds[~padded] = -1
+    parts = ndimage.watershed_ift(height, seeds, structure=_TOUCHING)[1:-1, 1:-1, 1:-1]
+    return np.where(whole, np.maximum(parts, 1), 0).astype(np.int32)
+
+
+def core(mask: NDArray, fraction: float) -> NDArray[np.bool_]:
+    """Return the inner part of one lesion that holds about `fraction` of its voxels.
+
+    Voxels are taken from the deepest one outwards: by depth below the border, then by nearness to the deepest.
+    The part is connected; 0 gives no voxel, 1 the lesion itself.
+
+    Args:
+        mask: The voxels of one lesion, shape `(I, J, K)`.
+        fraction: In [0, 1].
+    """
+    mask = np.asarray(mask) != 0
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"fraction must be in [0, 1], got {fraction}")
+    keep = round(fraction * int(mask.sum()))
+    if fraction == 1 or keep == 0:
+        return mask if fraction == 1 else np.zeros_like(mask)
+    depth = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1, 1:-1]
+    where = np.argwhere(mask)
+    deepest = where[np.argmax(depth[mask])]
+    rank = 0.5 * np.linalg.norm(where - deepest, axis=1) - depth[mask]
+    inner = np.zeros_like(mask)
+    inner[tuple(where[np.argsort(rank, kind="stable")[:keep]].T)] = True
+    parts, _ = ndimage.label(inner, _TOUCHING)
+    return parts == parts[tuple(deepest)]
+
+
+@dataclass(frozen=True, eq=False)
+class Shape:
+    """One lesion shape of the bank.
+
+    Args:
+        voxels: bool `(i, j, k)` at 1 mm, RAS+, cropped to the lesion.
+        centre_mm: Where it was found, MNI coordinates.
+    """
+
+    voxels: NDArray[np.bool_]
+    centre_mm: tuple[float, float, float]
+
+    def mirrored(self) -> Shape:
+        """Return the shape of the other hemisphere."""
+        x, y, z = self.centre_mm
+        return Shape(self.voxels[::-1], (-x, y, z))
+
+
+@dataclass(frozen=True, eq=False)
+class LesionBank:
+    """Real lesion shapes with their places in MNI space, stored as packed bits.
+
+    Args:
+        extents: int16 `(n, 3)`, side lengths of each shape's box.
+        centres_mm: float32 `(n, 3)`, MNI coordinates.
+        volumes_mm3: int32 `(n,)`.
+        bits: uint8, the packed boxes in C order, one after the other.
+        ends: int64 `(n,)`, end of each in `bits`.
+    """
+
+    extents: NDArray[np.int16]
+    centres_mm: NDArray[np.float32]
+    volumes_mm3: NDArray[np.int32]
+    bits: NDArray[np.uint8]
+    ends: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> Shape:
+        if not 0 <= index < len(self):
+            raise IndexError(f"shape {index} of a lesion bank of {len(self)}")
+        start = int(self.ends[index - 1]) if index else 0
+        sides = tuple(int(n) for n in self.extents[index])
+        flat = np.unpackbits(self.bits[start : int(self.ends[index])])[: int(np.prod(sides))]
+        x, y, z = (float(c) for c in self.centres_mm[index])
+        return Shape(flat.astype(bool).reshape(sides), (x, y, z))
+
+    @classmethod
+    def from_shapes(cls, shapes: Sequence[Shape]) -> LesionBank:
+        """Pack shapes."""
+        packed = [np.packbits(s.voxels) for s in shapes]
+        return cls(
+            extents=np.array([s.voxels.shape for s in shapes], np.int16).reshape(-1, 3),
+            centres_mm=np.array([s.centre_mm for s in shapes], np.float32).reshape(-1, 3),
+            volumes_mm3=np.array([s.voxels.sum() for s in shapes], np.int32),
+            bits=np.concatenate(packed) if packed else np.zeros(0, np.uint8),
+            ends=np.cumsum([len(p) for p in packed], dtype=np.int64),
+        )
+
+    @cached_property
+    def log_volumes(self) -> NDArray[np.float64]:
+        """Natural logarithm of the volumes."""
+        return np.log(self.volumes_mm3.astype(np.float64))
+
+    @staticmethod
+    def default_path() -> Path:
+        """Return the shipped bank's path."""
+        return Path(__file__).parent / "assets" / "lesion_bank.npz"
+
+
+@lru_cache(maxsize=4)
+def read_bank(path: Path | None = None) -> LesionBank:
+    """Read a lesion bank (default: the shipped one).
+
+    Raises:
+        InputError: Not a lesion bank.
+    """
+    path = path or LesionBank.default_path()
+    fields = ("extents", "centres_mm", "volumes_mm3", "bits", "ends")
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            bank = LesionBank(**{name: stored[name] for name in fields})
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(path, f"not a lesion bank ({type(error).__name__})", "build one anew") from error
+    bytes_of = -(-bank.extents.astype(np.int64).prod(axis=1) // 8)
+    if not len(bank) or not np.array_equal(np.cumsum(bytes_of), bank.ends) or bank.ends[-1] != bank.bits.size:
+        raise InputError(path, "the lesion bank's tables disagree", "build one anew")
+    return bank
+
+
+def build_bank(data: Path, out: Path, *, largest_mm3: float = 3000.0, widest: int = 40) -> dict[str, Any]:
+    """Build the shipped lesion bank from `open_ms` masks and the `csim` shapes.
+
+    Left out: 3 mm3 or less, more than `largest_mm3`, wider than `widest` voxels, repeated ones, and shapes
+    that fill under 15 % of their box (sheets and strings left by registration).
+
+    Returns:
+        Counts by source, for the card.
+    """
+    from synthlong.atlas import MNI_SHAPE, mni_affine
+    from synthlong.nifti import read_nifti
+
+    shapes: list[Shape] = []
+    counts: dict[str, Any] = {}
+    affine = mni_affine()
+
+    def add(voxels: NDArray[np.bool_], first: NDArray[np.int64]) -> None:
+        if not SMALLEST_EVENT_MM3 < voxels.sum() <= largest_mm3 or max(voxels.shape) > widest:
+            return
+        if voxels.mean() < 0.15:
+            return
+        centre = affine[:3, :3] @ (np.argwhere(voxels).mean(axis=0) + first) + affine[:3, 3]
+        shapes.append(Shape(voxels, (float(centre[0]), float(centre[1]), float(centre[2]))))
+
+    for path in sorted((data / "open_ms" / "cross_sectional").glob("*desc-lesions_mask.nii.gz")):
+        volume = read_nifti(path, allow_empty=True)
+        labels, _ = ndimage.label(volume.data[::-1] > 0, _TOUCHING)  # stored LAS
+        for number, box in enumerate(ndimage.find_objects(labels), start=1):
+            add(labels[box] == number, np.array([s.start for s in box]))
+    counts["open_ms"] = len(shapes)
+    with np.load(data / "csim" / "lesions.npz", allow_pickle=False) as z:
+        for n, (first, sides, end) in enumerate(zip(z["offset"], z["shape"], z["end"], strict=True)):
+            start = z["end"][n - 1] if n else 0
+            flat = np.unpackbits(z["bits"][start:end])[: int(np.prod(sides))]
+            first = np.asarray(first, np.int64)
+            first[0] = MNI_SHAPE[0] - first[0] - sides[0]  # stored LAS, as the masks
+            add(flat.reshape(sides).astype(bool)[::-1], first)
+    distinct = {(s.centre_mm, s.voxels.tobytes()): s for s in shapes}
+    counts["csim"] = len(distinct) - counts["open_ms"]
+    bank = LesionBank.from_shapes(list(distinct.values()))
+    fields = {f: getattr(bank, f) for f in ("extents", "centres_mm", "volumes_mm3", "bits", "ends")}
+    np.savez_compressed(out, allow_pickle=False, **fields)
+    return counts
+
+
+def grown(mask: NDArray, margin: int) -> NDArray[np.bool_]:
+    """Return a mask grown by `margin` voxels (Euclidean), within its array."""
+    mask = np.asarray(mask) != 0
+    result = np.zeros_like(mask)
+    if mask.any():
+        box = grown_box(mask, margin + 1)
+        result[box] = ndimage.distance_transform_edt(~mask[box]) <= margin
+    return result

@@ -1,0 +1,121 @@
+"""The U-Net that all networks of the project are built from (Ronneberger et al. 2015; Cicek et al. 2016).
+
+A level is two times convolution + GroupNorm + ReLU; max pooling goes down, trilinear interpolation up, and
+the encoder's features are concatenated on the way (Schmidt-Mengin et al. 2022, section 2.3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["ConvBlock", "UNet", "UNetConfig", "default_precision", "infer"]
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Size of a U-Net.
+
+    Args:
+        in_channels: Input channels.
+        out_channels: Output channels.
+        widths: Feature channels of each level, finest first; each is divisible by 8.
+    """
+
+    in_channels: int = 1
+    out_channels: int = 1
+    widths: tuple[int, ...] = (16, 32, 64)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "widths", tuple(int(w) for w in self.widths))
+        if not self.widths or any(w < 8 or w % 8 for w in self.widths):
+            raise ValueError(f"widths must be multiples of 8, got {self.widths}")
+        if self.in_channels < 1 or self.out_channels < 1:
+            raise ValueError("in_channels and out_channels must be at least 1")
+
+    def as_dict(self) -> dict[str, int | list[int]]:
+        """Return the config as plain JSON."""
+        return {**asdict(self), "widths": list(self.widths)}
+
+    @property
+    def multiple(self) -> int:
+        """Sides of the input must be multiples of this."""
+        return 2 ** (len(self.widths) - 1)
+
+
+class ConvBlock(nn.Sequential):
+    """Two times 3x3x3 convolution, GroupNorm (8 groups) and ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        layers: list[nn.Module] = []
+        for c in (in_channels, out_channels):
+            layers += [nn.Conv3d(c, out_channels, 3, padding=1, bias=False), nn.GroupNorm(8, out_channels)]
+            layers += [nn.ReLU(inplace=True)]
+        super().__init__(*layers)
+
+
+class UNet(nn.Module):
+    """A 3-D U-Net; the last convolution starts at zero, so that a residual network starts as the identity."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = config.widths
+        ins = (config.in_channels, *widths[:-1])
+        self.down = nn.ModuleList(ConvBlock(a, b) for a, b in zip(ins, widths, strict=True))
+        self.up = nn.ModuleList(ConvBlock(a + b, a) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.head = nn.Conv3d(widths[0], config.out_channels, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(N, in_channels, I, J, K)` to `(N, out_channels, I, J, K)`; sides: see `config.multiple`."""
+        skips: list[Tensor] = []
+        for level, block in enumerate(self.down):
+            x = block(x if level == 0 else F.max_pool3d(x, 2))
+            skips.append(x)
+        x = skips.pop()
+        for block in reversed(self.up):
+            x = F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=False)
+            x = block(torch.cat([skips.pop(), x], dim=1))
+        return self.head(x)
+
+
+def default_precision(device: str = "cpu") -> str:
+    """Return "bf16" where the device computes it natively, else "float32"."""
+    if device.startswith("cuda"):
+        return "bf16" if torch.cuda.is_bf16_supported() else "float32"
+    flags = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if flags else "float32"
+
+
+def infer(network: UNet, x: NDArray, *, precision: str, device: str = "cpu") -> NDArray[np.float32]:
+    """Run a network on one image, so that the result depends on that image alone.
+
+    In float32 a batch of one takes another kernel with other bits, so it is doubled; in bf16 it does not.
+
+    Args:
+        network: In evaluation mode, on `device`.
+        x: `(C, I, J, K)`; any sides (padded with 0 to the multiple that the network needs).
+        precision: "bf16" or "float32".
+        device: Torch device.
+
+    Returns:
+        `(out_channels, I, J, K)`.
+    """
+    sides = x.shape[1:]
+    short_of = [-n % network.config.multiple for n in sides]
+    padded = np.pad(x, [(0, 0), *[(0, s) for s in short_of]]).astype(np.float32, copy=False)
+    batch = torch.from_numpy(padded)[None].to(device)
+    if precision == "float32":
+        batch = batch.repeat(2, 1, 1, 1, 1)
+    batch = batch.to(memory_format=torch.channels_last_3d)
+    kind = torch.device(device).type
+    with torch.inference_mode(), torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16"):
+        y = network(batch)[0].float().cpu().numpy()
+    return np.ascontiguousarray(y[:, : sides[0], : sides[1], : sides[2]])

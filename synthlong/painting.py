@@ -1,0 +1,99 @@
+"""The lesion generator: a lesion painted into a scan.
+
+A 3-D U-Net with the scan, its lesion voxels replaced by noise, and the lesion mask as inputs learns to restore
+the scan with its lesions (Kamraoui et al. 2022, section 2.3.2, doi 10.3389/fnimg.2022.948235). Given a mask where
+there is none, it paints one. As in `inpainting`, it corrects a smooth first guess.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from synthlong.case import Case
+from synthlong.hole import corrupt, soft_hole
+from synthlong.inpainting import crop
+from synthlong.lesions import find_lesions
+from synthlong.networks import UNet, UNetConfig, infer
+from synthlong.sampling import Sample, draw_orientation, draw_variation, vary
+from synthlong.weights import read_weights
+
+__all__ = ["LesionPainter", "LesionSampler"]
+
+NETWORK = UNetConfig(in_channels=3, out_channels=1)
+
+
+@dataclass(frozen=True, eq=False)
+class LesionPainter:
+    """The trained network; arguments as those of `Inpainter`."""
+
+    network: UNet
+    sha256: str
+    precision: str = "float32"
+    device: str = "cpu"
+
+    @staticmethod
+    def default_path() -> Path:
+        """Return the shipped weights' path."""
+        return Path(__file__).parent / "assets" / "generator.safetensors"
+
+    @classmethod
+    def read(cls, path: Path | None = None, *, precision: str = "float32", device: str = "cpu") -> LesionPainter:
+        """Read weights (default: the shipped ones)."""
+        network, sha256 = read_weights(path or cls.default_path(), task="generator")
+        return cls(network.to(device), sha256, precision, device)
+
+    def paint(self, x: NDArray, mask: NDArray, *, seed: int) -> NDArray[np.float32]:
+        """Return a box with a lesion painted into it; more than 2.5 voxels from the mask it stays bit for bit.
+
+        Args:
+            x: Box of a scan, shape `(I, J, K)`, brain mode 1, background 0; about 8 voxels around the lesion.
+            mask: The lesion's voxels.
+            seed: Seed of the noise.
+        """
+        mask = np.asarray(mask) != 0
+        weight = soft_hole(mask) * (x > 0)
+        seen = corrupt(x, weight, mask, seed=seed)
+        change = infer(self.network, seen, precision=self.precision, device=self.device)[0]
+        painted = np.maximum(seen[1] + change, 0)
+        return np.where(weight > 0, x + weight * (painted - x), x).astype(np.float32, copy=False)
+
+
+class LesionSampler:
+    """Training samples: patches around real lesions, all their lesion voxels to be painted again.
+
+    Args:
+        cases: Scans with lesions.
+    """
+
+    def __init__(self, cases: list[Case]) -> None:
+        self.cases = cases
+        self._lesions = [find_lesions(c.lesions, max_event_mm3=3000.0) for c in cases]
+        self._voxels = [
+            [np.argwhere(m.labels[box] == n) + [s.start for s in box] for n, box in enumerate(m.boxes, start=1)]
+            for m in self._lesions
+        ]
+        self._usable = [n for n, m in enumerate(self._lesions) if len(m)]
+
+    def draw(self, rng: np.random.Generator, *, side: int, varied: bool = True) -> Sample:
+        """Draw one sample of `side`^3 voxels: a lesion by the cube root of its volume, a voxel of it, the patch around."""
+        while True:
+            n = self._usable[int(rng.integers(len(self._usable)))]
+            pull = np.cbrt(self._lesions[n].volumes_mm3)
+            voxels = self._voxels[n][int(np.searchsorted(np.cumsum(pull) / pull.sum(), rng.random()))]
+            shift = rng.integers(-5, 6, 3)
+            centre = tuple(voxels[rng.integers(len(voxels))] + shift)
+            target, _ = crop(self.cases[n].flair, centre, side)
+            mask, _ = crop(self.cases[n].lesions, centre, side)
+            turn = draw_orientation(rng) if varied else (lambda a: a)
+            target, mask = turn(target), turn(mask)
+            if varied:
+                target = vary(target, draw_variation(rng))
+            weight = soft_hole(mask) * (target > 0)
+            if (weight == 0).mean() < 0.3 or mask.sum() < 4:
+                continue  # almost nothing but lesion
+            inputs = corrupt(target, weight, mask, seed=int(rng.integers(2**31)))
+            return Sample(inputs, target[None], weight[None])
