@@ -191,8 +191,7 @@ def with_floor(frequency: Array, *, floor: float = FLOOR) -> Array:
     Returns:
         `(1 - floor) f + floor mean(f)` in the template's brain and a 3 mm rim around it, 0 beyond.
     """
-    brain = sum(tissue_maps()) > 0
-    rim = ndimage.distance_transform_edt(~brain) <= RIM_MM
+    brain, rim = _brain_and_rim()
     mean = np.float32(floor * frequency[brain].mean(dtype=np.float64))
     return np.where(rim, np.float32(1 - floor) * frequency + mean, np.float32(0))
 
@@ -231,7 +230,7 @@ def held_out_log_likelihood(
         floor: Share of the density that is spread evenly over the brain, in (0, 1]; 1 is uniform.
     """
     means = _patient_means(masks)
-    brain = sum(tissue_maps()) > 0
+    brain, _ = _brain_and_rim()
     total = np.zeros(MNI_SHAPE, np.float32)
     if background is not None:
         weighted = np.float32(background[1]) * np.asarray(background[0], np.float32)
@@ -316,6 +315,14 @@ def decode_log(coded: NDArray[np.uint8]) -> Array:
     table = LOG_MIN * (LOG_MAX / LOG_MIN) ** steps
     table[0] = 0
     return table.astype(np.float32)[coded]
+
+
+@lru_cache(maxsize=1)
+def _brain_and_rim() -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return the template's brain, and it with the voxels up to `RIM_MM` outside it."""
+    csf, gm, wm = tissue_maps()
+    brain = csf + gm + wm > 0
+    return brain, ndimage.distance_transform_edt(~brain) <= RIM_MM
 
 
 @lru_cache(maxsize=1)

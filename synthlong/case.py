@@ -18,10 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from synthlong.atlas import sample_map, tissue_maps
 from synthlong.errors import InputError, InputWarning, short
 from synthlong.nifti import Volume, read_nifti
-from synthlong.tissue import CSF, classify_tissue
+from synthlong.tissue import CSF, classify_tissue, fitted_tissue_maps
 
 __all__ = ["Case", "read_case"]
 
@@ -128,10 +127,10 @@ def read_case(
     values = np.where(brain_mask, np.maximum(values, 0), 0).astype(np.float32)
     if brain_mask.sum() < _SMALLEST_SIDE_MM**3 // 4:
         raise InputError(flair, f"only {brain_mask.sum()} mm3 of brain", "pass the whole brain, or a larger box of it")
-    csf_gm_wm = tuple(np.clip(sample_map(m, grid.affine_of_maps, values.shape, grid.affine), 0, 1) for m in tissue_maps())
-    _check_looks(flair, values, brain_mask, csf_gm_wm)
+    maps = fitted_tissue_maps(brain_mask, grid.affine)
+    _check_looks(flair, values, brain_mask, maps)
     if labels is None:
-        labels = classify_tissue(values, brain_mask, inside, csf_gm_wm)
+        labels = classify_tissue(values, brain_mask, inside, maps)
     labels = np.where(brain_mask, labels, 0).astype(np.uint8)
     tissue_values = values[brain_mask & ~inside & (labels != CSF)]
     if tissue_values.size < 1000 or tissue_values.min() == tissue_values.max():
@@ -160,12 +159,6 @@ class _Grid:
     shape: tuple[int, int, int]
     affine: NDArray[np.float64]
     keeps: bool
-
-    @property
-    def affine_of_maps(self) -> NDArray[np.float64]:
-        from synthlong.atlas import mni_affine
-
-        return mni_affine()
 
     @classmethod
     def of(cls, image: Volume) -> _Grid:

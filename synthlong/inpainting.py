@@ -8,7 +8,7 @@ the network corrects a smooth first guess instead of starting from nothing, whic
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from synthlong.networks import UNet, UNetConfig, infer
 from synthlong.sampling import Sample, draw_orientation, draw_variation, vary
 from synthlong.weights import read_weights
 
-__all__ = ["HealthySampler", "Inpainter"]
+__all__ = ["HealthySampler", "Inpainter", "heal"]
 
 NETWORK = UNetConfig(in_channels=3, out_channels=1)
 _WINDOW, _STRIDE = 48, 32
@@ -83,6 +83,11 @@ class Inpainter:
             total[window] += fade
         filled = np.maximum(guess + change / np.maximum(total, 1e-6), 0)
         return np.where(weight > 0, x + weight * (filled - x), x)
+
+
+def heal(case: Case, inpainter: Inpainter) -> Case:
+    """Return the case with its healthy volume: the scan without its lesions."""
+    return replace(case, healthy=inpainter.fill(case.flair, case.lesions))
 
 
 def _windows(hole: NDArray[np.bool_]) -> list[tuple[slice, ...]]:

@@ -11,13 +11,40 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-__all__ = ["CSF", "GRAY", "WHITE", "classify_tissue"]
+from synthlong.atlas import mni_affine, sample_map, tissue_maps
+
+__all__ = ["CSF", "GRAY", "WHITE", "classify_tissue", "fitted_tissue_maps"]
 
 CSF, GRAY, WHITE = 1, 2, 3
 
 _CSF_FLOOR, _MATTER_FLOOR = 0.2, 0.05  # how much the scan may overrule the maps
 _ITERATIONS = 25
 _EVERY = 10
+
+
+def fitted_tissue_maps(brain: NDArray[np.bool_], affine: NDArray[np.float64]) -> tuple[NDArray[np.float32], ...]:
+    """Return the ICBM maps of CSF, gray and white matter on a scan's grid, scaled to the scan's brain.
+
+    Scans that were registered rigidly keep their own size, 10 to 20 % a side off the template. Where a whole brain is
+    more than 10 % off in volume, the maps are shifted and scaled, axis by axis, to its mean and SD of coordinates.
+
+    Args:
+        brain: Brain voxels, shape `(I, J, K)`.
+        affine: Of the grid, axis-aligned at 1 mm.
+    """
+    maps = tissue_maps()
+    home = mni_affine()
+    whole = not any(np.take(brain, side, axis=axis).any() for axis in range(3) for side in (0, -1))
+    if whole:
+        own = np.argwhere(brain[::2, ::2, ::2]) * 2.0 + affine[:3, 3]
+        usual = np.argwhere((maps[1] + maps[2] > 0.5)[::2, ::2, ::2]) * 2.0 + home[:3, 3]
+        scale = own.std(axis=0) / usual.std(axis=0)
+        if abs(scale.prod() - 1) > 0.1 and (scale > 0.7).all() and (scale < 1.4).all():
+            fit = np.eye(4)
+            fit[:3, :3] = np.diag(scale)
+            fit[:3, 3] = own.mean(axis=0) - scale * usual.mean(axis=0)
+            home = fit @ home
+    return tuple(np.clip(sample_map(m, home, brain.shape, affine), 0, 1) for m in maps)
 
 
 def classify_tissue(

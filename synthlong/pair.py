@@ -1,0 +1,242 @@
+"""A pair: two visits of one patient, rendered from a recipe, with exactly known changes.
+
+    Case, Recipe -> render -> Pair
+
+Each visit starts from the healthy brain and gets back the lesions that it has: a real one from the scan's own
+voxels, a synthetic one from the painter. No randomness: the same case and recipe give the same pair.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from synthlong.case import Case
+from synthlong.errors import ConfigError, InputError
+from synthlong.hole import REACH, grown_box, soft_hole
+from synthlong.inpainting import crop
+from synthlong.lesions import LesionBank, LesionMap, core, read_bank
+from synthlong.placement import allowed_of, site_mask
+from synthlong.recipe import LesionEvent, Orientation, Recipe, lesions_of
+
+__all__ = ["Pair", "Painter", "render"]
+
+STABLE, NEW, VANISHED, ENLARGED, SHRUNK = 1, 2, 3, 4, 5
+
+_CONTEXTS = (32, 48, 64)
+_CONTEXT_MARGIN = 6
+_PROTECTED = 1.5
+_PAD = REACH + 2
+
+
+class Painter(Protocol):
+    """What paints a synthetic lesion into a box of a scan; see `LesionPainter.paint`."""
+
+    def paint(self, x: NDArray, mask: NDArray, *, seed: int) -> NDArray[np.float32]:
+        """Return the box with its lesion."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Two visits and the truth, all of one shape `(I, J, K)`.
+
+    Args:
+        baseline: float32, brain mode 1, background 0.
+        followup: float32.
+        new_lesions: uint8, 1 = lesion voxel at follow-up of a lesion absent at baseline.
+        evolution: uint8, 0 none, 1 stable, 2 new, 3 vanished, 4 enlarged part, 5 shrunk part.
+        lesions_baseline: uint8, all lesions at baseline.
+        lesions_followup: uint8, all lesions at follow-up.
+        affine: `(4, 4)`, voxel to MNI millimetres; turns with the voxels.
+        recipe: What it was rendered from.
+    """
+
+    baseline: NDArray[np.float32]
+    followup: NDArray[np.float32]
+    new_lesions: NDArray[np.uint8]
+    evolution: NDArray[np.uint8]
+    lesions_baseline: NDArray[np.uint8]
+    lesions_followup: NDArray[np.uint8]
+    affine: NDArray[np.float64]
+    recipe: Recipe
+
+
+def render(
+    case: Case,
+    recipe: Recipe,
+    *,
+    painter: Painter | None = None,
+    bank: LesionBank | None = None,
+    whole: bool = False,
+) -> Pair:
+    """Render a pair.
+
+    Away from lesions that change (more than `hole.REACH` voxels) both visits are equal bit for bit.
+
+    Args:
+        case: The recipe's case, with its healthy volume.
+        recipe: What to render.
+        painter: Paints synthetic lesions; None: the shipped lesion generator.
+        bank: Lesion shapes; None: the shipped ones.
+        whole: Render the case's whole grid instead of the recipe's box; orientations that would change the grid's
+            shape are left out.
+
+    Raises:
+        InputError: The case is not the recipe's, or its healthy volume is missing.
+    """
+    if case.id != recipe.case_id:
+        raise InputError(case.id, f"the recipe is for case '{recipe.case_id}'", "render it with that case")
+    if case.healthy is None:
+        raise InputError(case.id, "its healthy volume is missing", "make it with `inpainting.heal(case, inpainter)`")
+    if recipe.artifacts:
+        raise ConfigError("the recipe has artifacts, which this version does not render; update synthlong")
+    start = (0, 0, 0) if whole else recipe.box.start
+    shape = case.shape if whole else (recipe.box.size,) * 3
+    region = tuple(slice(s, s + n) for s, n in zip(start, shape, strict=True))
+    inner = tuple(slice(max(r.start, 0), min(r.stop, n)) for r, n in zip(region, case.shape, strict=True))
+    scene = _Scene(case, inner)
+    scene.put_back_real(lesions_of(case, recipe.max_event_mm3), recipe.events)
+    for event in recipe.events:
+        if event.source == "synthetic":
+            scene.add_synthetic(event, allowed_of(case, recipe.margin), painter, bank or read_bank())
+    beyond = [(i.start - r.start, r.stop - i.stop) for i, r in zip(inner, region, strict=True)]
+    turn = recipe.orientation
+    if whole and tuple(case.shape[a] for a in turn.axes) != case.shape:
+        turn = Orientation()
+    affine = case.affine.copy()
+    affine[:3, 3] += affine[:3, :3] @ np.array(start, float)
+
+    def finish(array: NDArray) -> NDArray:
+        return turn.apply(np.pad(array, beyond))
+
+    (first, last), evolution = scene.visits, scene.evolution
+    return Pair(
+        baseline=finish(first),
+        followup=finish(last),
+        new_lesions=finish((evolution == NEW).astype(np.uint8)),
+        evolution=finish(evolution),
+        lesions_baseline=finish(scene.lesions[0].astype(np.uint8)),
+        lesions_followup=finish(scene.lesions[1].astype(np.uint8)),
+        affine=turn.apply_affine(affine, shape),
+        recipe=recipe,
+    )
+
+
+class _Scene:
+    """The part of both visits that lies in a region of the case's grid."""
+
+    def __init__(self, case: Case, region: tuple[slice, ...]) -> None:
+        assert case.healthy is not None
+        self.case, self.region = case, region
+        shape = tuple(r.stop - r.start for r in region)
+        self.visits = [np.array(case.healthy[region], np.float32) for _ in range(2)]
+        self.lesions = [np.zeros(shape, bool) for _ in range(2)]
+        self.evolution = np.zeros(shape, np.uint8)
+
+    def _record(self, before: NDArray[np.bool_], after: NDArray[np.bool_], event: LesionEvent, at: _At) -> None:
+        """Write one lesion's voxels (arrays of one box, `at` = where it meets the region) into the masks."""
+        mine, theirs = at
+        before, after = before[theirs], after[theirs]
+        self.lesions[0][mine] |= before
+        self.lesions[1][mine] |= after
+        code = self.evolution[mine]
+        code[before & after] = STABLE
+        code[after & ~before] = NEW if event.kind == "new" else ENLARGED
+        code[before & ~after] = VANISHED if event.kind == "vanished" else SHRUNK
+
+    def put_back_real(self, lesions: LesionMap, events: tuple[LesionEvent, ...]) -> None:
+        """Restore the real lesions that each visit has from the scan's own voxels."""
+        case = self.case
+        wide = tuple(
+            slice(max(r.start - _PAD, 0), min(r.stop + _PAD, n)) for r, n in zip(self.region, case.shape, strict=True)
+        )
+        labels = lesions.labels[wide]
+        if not labels.any():
+            return
+        real = {e.lesion: e for e in events if e.source == "real"}
+        present = [labels > 0, labels > 0]
+        for number in np.unique(labels[labels > 0]):
+            event, box = real[int(number)], lesions.boxes[int(number) - 1]
+            own = lesions.labels[box] == number
+            extents = [core(own, share) for share in (event.at_baseline, event.at_followup)]
+            meet = _meet(box, wide)
+            if meet:
+                for visit, extent in zip(present, extents, strict=True):
+                    visit[meet[0]] &= ~(own & ~extent)[meet[1]]
+            meet = _meet(box, self.region)
+            if meet:
+                self._record(extents[0], extents[1], event, meet)
+        within = tuple(slice(r.start - w.start, r.stop - w.start) for r, w in zip(self.region, wide, strict=True))
+        hole = soft_hole(labels > 0)[within]
+        change = (case.healthy[self.region] - case.flair[self.region]) * (hole > 0)  # type: ignore[index]
+        for visit, kept in zip(self.visits, present, strict=True):
+            removed = soft_hole((labels > 0) & ~kept) * (1 - _protection(kept))
+            share = removed[within] / np.maximum(hole, 1e-6)
+            visit[...] = case.flair[self.region] + change * np.minimum(share, 1).astype(np.float32)
+
+    def add_synthetic(
+        self, event: LesionEvent, allowed: NDArray[np.bool_], painter: Painter | None, bank: LesionBank
+    ) -> None:
+        """Paint a synthetic lesion where it meets the region."""
+        assert event.site is not None
+        mask, box = site_mask(event.site, bank, allowed)
+        reach = tuple(slice(b.start - REACH, b.stop + REACH) for b in box)
+        if not _meet(reach, self.region):
+            return
+        extents = [core(mask, share) for share in (event.at_baseline, event.at_followup)]
+        at = _meet(box, self.region)
+        if at:
+            self._record(extents[0], extents[1], event, at)
+        painted: dict[float, NDArray[np.float32]] = {}
+        side = next((c for c in _CONTEXTS if max(mask.shape) + 2 * _CONTEXT_MARGIN <= c), max(mask.shape) + 16)
+        centre = tuple((b.start + b.stop) // 2 for b in box)
+        context, start = crop(self.case.healthy, centre, side)  # type: ignore[arg-type]
+        frame = tuple(slice(s, s + side) for s in start)
+        inside = tuple(slice(b.start - s, b.stop - s) for b, s in zip(box, start, strict=True))
+        for visit, share, extent in zip(self.visits, (event.at_baseline, event.at_followup), extents, strict=True):
+            if not share:
+                continue
+            whole = np.zeros(context.shape, bool)
+            whole[inside] = extent
+            if share not in painted:
+                assert event.seed is not None
+                painted[share] = (painter or _shipped_painter()).paint(context, whole, seed=event.seed)
+            near = np.zeros(context.shape, bool)
+            grown = grown_box(whole, REACH)
+            near[grown] = True
+            mine, theirs = _meet(frame, self.region) or ((), ())
+            visit[mine] = np.where(near[theirs], painted[share][theirs], visit[mine])
+
+
+_At = tuple[tuple[slice, ...], tuple[slice, ...]]
+
+
+def _meet(box: tuple[slice, ...], region: tuple[slice, ...]) -> _At | None:
+    """Return the overlap of two boxes as slices into the region and into the box, or None."""
+    both = [slice(max(b.start, r.start), min(b.stop, r.stop)) for b, r in zip(box, region, strict=True)]
+    if any(s.start >= s.stop for s in both):
+        return None
+    mine = tuple(slice(s.start - r.start, s.stop - r.start) for s, r in zip(both, region, strict=True))
+    theirs = tuple(slice(s.start - b.start, s.stop - b.start) for s, b in zip(both, box, strict=True))
+    return mine, theirs
+
+
+def _protection(kept: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Return 1 on lesions that stay, falling to 0 within 1.5 voxels: a removed neighbour does not eat into them."""
+    if not kept.any():
+        return np.zeros(kept.shape, np.float32)
+    x = np.clip(1 - ndimage.distance_transform_edt(~kept) / _PROTECTED, 0, 1)
+    return (x * x * (3 - 2 * x)).astype(np.float32)
+
+
+@lru_cache(maxsize=1)
+def _shipped_painter() -> Painter:
+    from synthlong.networks import default_precision
+    from synthlong.painting import LesionPainter
+
+    return LesionPainter.read(precision=default_precision())

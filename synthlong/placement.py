@@ -1,0 +1,168 @@
+"""Where a synthetic lesion may lie, and which shape it has there.
+
+A lesion's centre is drawn with probability lesion prior x tissue: white matter counts fully, gray matter less, CSF,
+background and the surroundings of existing lesions not at all (Kamraoui et al. 2022, section 2.3). Its shape is a
+real one of about the wanted volume, found nearby in some patient, cut off where it would leave the tissue.
+A shape that does not fit is drawn again, its centre is not, so the places follow the prior.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from synthlong.case import Case
+from synthlong.errors import InputError
+from synthlong.lesions import SMALLEST_EVENT_MM3, LesionBank, Shape, grown
+from synthlong.tissue import GRAY, WHITE
+
+__all__ = ["PlacementMap", "Site", "allowed_of", "draw_site", "find_placements", "site_mask", "tissue_weight"]
+
+_LOG_VOLUME_SD = 0.2
+_DISTANCE_SD_MM = 15.0
+_SHAPES_TRIED = 8
+_KEPT_ENOUGH = 0.7
+
+
+@dataclass(frozen=True, eq=False)
+class PlacementMap:
+    """Where centres of synthetic lesions may lie.
+
+    Args:
+        voxels: int32 `(n,)`, flat indices into the case's grid.
+        cumulative: float64 `(n,)`, cumulative probability.
+    """
+
+    voxels: NDArray[np.int32]
+    cumulative: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One placed shape.
+
+    Args:
+        shape: Index into the lesion bank.
+        mirrored: Whether its mirror image is taken.
+        centre: Voxel of the case's grid where its deepest voxel lies.
+    """
+
+    shape: int
+    mirrored: bool
+    centre: tuple[int, int, int]
+
+
+def tissue_weight(tissue: NDArray[np.uint8], gray_matter: float) -> NDArray[np.float32]:
+    """Return 1 in white matter, `gray_matter` in gray matter, 0 elsewhere."""
+    return np.where(tissue == WHITE, 1, np.where(tissue == GRAY, gray_matter, 0)).astype(np.float32)
+
+
+def allowed_of(case: Case, margin: int) -> NDArray[np.bool_]:
+    """Return the voxels that a synthetic lesion may cover, worked out once: gray and white matter clear of lesions.
+
+    Args:
+        case: The case.
+        margin: Voxels kept free around the case's own lesions.
+    """
+    key = ("allowed", margin)
+    if key not in case.derived:
+        case.derived[key] = (case.brain > 0) & (case.tissue >= GRAY) & ~grown(case.lesions, margin)
+    return case.derived[key]
+
+
+def find_placements(
+    case: Case, frequency: NDArray[np.float32], *, gray_matter: float, margin: int
+) -> PlacementMap:
+    """Work out where synthetic lesions of a case may lie.
+
+    Args:
+        case: The case.
+        frequency: Lesion prior on the case's grid.
+        gray_matter: Weight of gray matter beside white matter's 1, in [0, 1].
+        margin: Voxels kept free around the case's own lesions.
+
+    Raises:
+        InputError: No place is left.
+    """
+    weight = frequency * tissue_weight(case.tissue, gray_matter) * allowed_of(case, margin)
+    voxels = np.flatnonzero(weight).astype(np.int32)
+    if not voxels.size:
+        raise InputError(case.id, "no place for a synthetic lesion", "check that the scan lies in MNI152 space")
+    total = np.cumsum(weight.ravel()[voxels], dtype=np.float64)
+    return PlacementMap(voxels, total / total[-1])
+
+
+def draw_site(
+    rng: np.random.Generator,
+    places: PlacementMap,
+    allowed: NDArray[np.bool_],
+    taken: NDArray[np.bool_],
+    bank: LesionBank,
+    affine: NDArray[np.float64],
+    *,
+    volume_mm3: float,
+    smallest_mm3: float = SMALLEST_EVENT_MM3,
+) -> tuple[Site, NDArray[np.bool_], tuple[slice, ...]] | None:
+    """Draw a centre, then a shape for it; None if the centre's surroundings are taken already.
+
+    Args:
+        rng: Source of randomness.
+        places: Where centres may lie.
+        allowed: Voxels that lesions may cover, `(I, J, K)`; a shape is cut off elsewhere.
+        taken: Voxels too near to synthetic lesions placed before; a shape that reaches one is not used.
+        bank: Shapes.
+        affine: Of the case's grid.
+        volume_mm3: Wanted volume.
+        smallest_mm3: The lesion is larger than this.
+
+    Returns:
+        The site, its voxels within their bounding box, and that box.
+    """
+    flat = places.voxels[min(np.searchsorted(places.cumulative, rng.random(), side="right"), places.voxels.size - 1)]
+    i, j, k = (int(c) for c in np.unravel_index(int(flat), allowed.shape))
+    if taken[i, j, k]:
+        return None
+    at_mm = affine[:3, :3] @ (i, j, k) + affine[:3, 3]
+    side = np.where(np.sign(bank.centres_mm[:, 0]) * np.sign(at_mm[0]) < 0, -1, 1)
+    apart = bank.centres_mm * np.stack([side, np.ones_like(side), np.ones_like(side)], axis=1) - at_mm
+    score = -0.5 * ((bank.log_volumes - np.log(volume_mm3)) / _LOG_VOLUME_SD) ** 2
+    score -= 0.5 * (apart**2).sum(axis=1) / _DISTANCE_SD_MM**2
+    cumulative = np.cumsum(np.exp(score - score.max()))
+    best: tuple[float, Site, NDArray[np.bool_], tuple[slice, ...]] | None = None
+    for _ in range(_SHAPES_TRIED):
+        index = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
+        index = min(index, len(bank) - 1)
+        site = Site(index, bool(side[index] < 0), (i, j, k))
+        mask, box = site_mask(site, bank, allowed)
+        kept = mask.sum() / float(bank.volumes_mm3[index])
+        fits = mask.sum() > smallest_mm3 and not (mask & taken[box]).any()
+        if fits and (best is None or kept > best[0]):
+            best = (kept, site, mask, box)
+        if best is not None and best[0] >= _KEPT_ENOUGH:
+            break
+    return best[1:] if best else None
+
+
+def site_mask(
+    site: Site, bank: LesionBank, allowed: NDArray[np.bool_]
+) -> tuple[NDArray[np.bool_], tuple[slice, ...]]:
+    """Return the voxels of a placed shape that lie in allowed tissue and hang together with its centre.
+
+    Returns:
+        bool array within a box of the case's grid, and that box.
+    """
+    shape: Shape = bank[site.shape]
+    voxels = (shape.mirrored() if site.mirrored else shape).voxels
+    depth = ndimage.distance_transform_edt(np.pad(voxels, 1))[1:-1, 1:-1, 1:-1]
+    anchor = np.unravel_index(int(depth.argmax()), voxels.shape)
+    start = [int(c - a) for c, a in zip(site.centre, anchor, strict=True)]
+    box = tuple(
+        slice(max(s, 0), min(s + n, m)) for s, n, m in zip(start, voxels.shape, allowed.shape, strict=True)
+    )
+    inner = tuple(slice(b.start - s, b.stop - s) for b, s in zip(box, start, strict=True))
+    parts, _ = ndimage.label(voxels[inner] & allowed[box], np.ones((3, 3, 3), bool))
+    own = parts[tuple(c - b.start for c, b in zip(site.centre, box, strict=True))]
+    return (parts == own) & (own > 0), box

@@ -1,0 +1,533 @@
+"""The recipe of a pair: every lesion of both visits, the box, the orientation. All the randomness is here.
+
+    Case, SynthesisConfig -> draw_recipe -> Recipe
+
+A recipe is plain JSON; `pair.render` makes the pair of it, again and again the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from synthlong.atlas import lesion_prior, sample_map
+from synthlong.case import Case
+from synthlong.errors import ConfigError, short
+from synthlong.hole import REACH, grown_box
+from synthlong.lesions import SMALLEST_EVENT_MM3, LesionBank, LesionMap, core, find_lesions, grown, read_bank
+from synthlong.placement import PlacementMap, Site, allowed_of, draw_site, find_placements
+
+__all__ = ["Box", "LesionEvent", "Orientation", "Recipe", "SynthesisConfig", "draw_recipe", "rng_of"]
+
+VERSION = 1
+_PLACEMENT_TRIES = 20
+
+
+@dataclass(frozen=True)
+class SynthesisConfig:
+    """How pairs are drawn. Shares and probabilities lie in [0, 1], means are per pair (whole brain).
+
+    Args:
+        box: Side of the rendered cubes, voxels of 1 mm.
+        with_new_lesions: Share of the recipes that have new lesions anywhere in the brain.
+        around_events: Share of the boxes placed around an event (a new lesion where there is one); the others lie
+            at random over the brain's bounding box.
+        new_mean: Mean number of new lesions in recipes that have any (1 + geometric).
+        new_max: Most new lesions.
+        real_share: Share of new and vanished lesions that are real ones of the case, as far as it has them.
+        vanished_mean: Mean number of vanished lesions (Poisson).
+        enlarging_mean: Mean number of enlarging lesions (Poisson).
+        shrinking_mean: Mean number of shrinking lesions (Poisson).
+        stable_mean: Mean number of synthetic lesions present at both visits (Poisson).
+        removed_share: Probability that a real lesion is removed from both visits.
+        core_share: Range of the volume share that an enlarging or shrinking lesion has when small.
+        volume_median_mm3: Median volume of synthetic lesions (log-normal).
+        volume_log_sd: SD of the volume's natural logarithm.
+        max_event_mm3: Largest lesion that may change; larger real ones are split at their necks.
+        gray_matter: Weight of gray matter beside white matter's 1 in the placement of lesions.
+        margin: Voxels between a synthetic lesion and any other.
+        orientations: "all" 48 orthogonal ones, "mirror" (left-right only) or "none"; one for both visits.
+        prior: Lesion prior, NIfTI in MNI space; default: the shipped one.
+        lesion_bank: Lesion bank (.npz); default: the shipped one.
+        inpainter: Weights; default: the shipped ones.
+        generator: Weights; default: the shipped ones.
+        painter: How synthetic lesions are made: "network".
+        precision: Of the networks: "bf16", "float32", or "auto": bf16 where the processor computes it natively.
+        device: Torch device of the networks.
+        compression: Of the shards: "blosc-lz4" or "none".
+    """
+
+    box: int = 64
+    with_new_lesions: float = 0.6
+    around_events: float = 0.75
+    new_mean: float = 3.0
+    new_max: int = 30
+    real_share: float = 0.4
+    vanished_mean: float = 0.4
+    enlarging_mean: float = 0.5
+    shrinking_mean: float = 0.3
+    stable_mean: float = 1.0
+    removed_share: float = 0.1
+    core_share: tuple[float, float] = (0.3, 0.7)
+    volume_median_mm3: float = 45.0
+    volume_log_sd: float = 1.1
+    max_event_mm3: float = 3000.0
+    gray_matter: float = 0.3
+    margin: int = 5
+    orientations: Literal["all", "mirror", "none"] = "all"
+    prior: str | None = None
+    lesion_bank: str | None = None
+    inpainter: str | None = None
+    generator: str | None = None
+    painter: Literal["network"] = "network"
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    device: str = "cpu"
+    compression: Literal["blosc-lz4", "none"] = "blosc-lz4"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "core_share", tuple(float(v) for v in self.core_share))
+        shares = ("with_new_lesions", "around_events", "real_share", "removed_share", "gray_matter")
+        means = ("vanished_mean", "enlarging_mean", "shrinking_mean", "stable_mean")
+        _check(self, shares, lambda v: 0 <= v <= 1, "in [0, 1]")
+        _check(self, means, lambda v: 0 <= v <= 100, "in [0, 100]")
+        _check(self, ("box",), lambda v: 16 <= v <= 160, "a whole number in 16..160")
+        _check(self, ("new_mean",), lambda v: 1 <= v <= 100, "in [1, 100]")
+        _check(self, ("new_max",), lambda v: 1 <= v <= 200, "a whole number in 1..200")
+        _check(self, ("volume_median_mm3",), lambda v: 4 <= v <= 3000, "in [4, 3000] mm3")
+        _check(self, ("volume_log_sd",), lambda v: 0 <= v <= 3, "in [0, 3]")
+        _check(self, ("max_event_mm3",), lambda v: 10 <= v <= 1e5, "in [10, 1e5] mm3")
+        _check(self, ("margin",), lambda v: 2 * REACH - 1 <= v <= 20, f"a whole number in {2 * REACH - 1}..20")
+        low_high = lambda v: len(v) == 2 and 0.05 <= v[0] <= v[1] <= 0.95  # noqa: E731
+        _check(self, ("core_share",), low_high, "two numbers in [0.05, 0.95], rising")
+        _check(self, ("orientations",), lambda v: v in ("all", "mirror", "none"), "all, mirror or none")
+        _check(self, ("painter",), lambda v: v == "network", "network")
+        _check(self, ("precision",), lambda v: v in ("auto", "bf16", "float32"), "auto, bf16 or float32")
+        _check(self, ("compression",), lambda v: v in ("blosc-lz4", "none"), "blosc-lz4 or none")
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> SynthesisConfig:
+        """Read a config; keys are the arguments of this class, paths are relative to the file.
+
+        Raises:
+            ConfigError: Not TOML, an unknown key, a value of the wrong type or outside its range.
+        """
+        path = Path(path)
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"{short(path)}: not a readable TOML file ({error})") from error
+        for key in ("prior", "lesion_bank", "inpainter", "generator"):
+            if isinstance(values.get(key), str):
+                values[key] = str((path.parent / values[key]).resolve())
+        try:
+            return cls.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"{short(path)}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SynthesisConfig:
+        """Build a config from plain values, refusing unknown keys and wrong types."""
+        known = {f.name: f for f in fields(cls)}
+        for key, value in values.items():
+            if key not in known:
+                import difflib
+
+                near = difflib.get_close_matches(key, known, 1)
+                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+                raise ConfigError(f"unknown option {ascii(key)}; {hint}")
+            default = known[key].default
+            kind: tuple[type, ...] = (str, type(None)) if default is None else (type(default),)
+            kind = {float: (float, int), tuple: (list, tuple)}.get(kind[0], kind)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise ConfigError(f"{key} = {ascii(value)}: must be a {kind[0].__name__}")
+        return cls(**values)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the config as plain JSON."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**values, "core_share": list(self.core_share)}
+
+
+def _check(config: SynthesisConfig, names: tuple[str, ...], good: Callable[[Any], bool], range_: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if (numeric and not np.isfinite(value)) or not good(value):
+            raise ConfigError(f"{name} = {value!r}: must be {range_}")
+
+
+@dataclass(frozen=True)
+class LesionEvent:
+    """One lesion over both visits.
+
+    Args:
+        source: "real": a lesion of the case; "synthetic": a placed shape of the bank.
+        at_baseline: Share of its voxels present at baseline, the inner ones: 0 absent, 1 whole.
+        at_followup: Share present at follow-up.
+        voxels: Its voxels at baseline and at follow-up.
+        lesion: Number of the real lesion.
+        site: Place and shape of the synthetic one.
+        seed: Seed of the synthetic one's noise.
+    """
+
+    source: Literal["real", "synthetic"]
+    at_baseline: float = 1.0
+    at_followup: float = 1.0
+    voxels: tuple[int, int] = (0, 0)
+    lesion: int | None = None
+    site: Site | None = None
+    seed: int | None = None
+
+    @property
+    def kind(self) -> str:
+        """One of "new", "vanished", "enlarging", "shrinking", "stable", "removed"."""
+        before, after = self.at_baseline, self.at_followup
+        if before == after:
+            return "stable" if before else "removed"
+        if not before or not after:
+            return "vanished" if before else "new"
+        return "enlarging" if after > before else "shrinking"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain JSON."""
+        plain: dict[str, Any] = {"at": [self.at_baseline, self.at_followup], "voxels": list(self.voxels)}
+        if self.source == "real":
+            return {"lesion": self.lesion, **plain}
+        assert self.site is not None
+        shape = {"shape": self.site.shape, "mirrored": self.site.mirrored, "centre": list(self.site.centre)}
+        return {**shape, "seed": self.seed, **plain}
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> LesionEvent:
+        """Read what `as_dict` gave."""
+        before, after = plain["at"]
+        first, last = plain["voxels"]
+        common: dict[str, Any] = {"at_baseline": before, "at_followup": after, "voxels": (first, last)}
+        if "lesion" in plain:
+            return cls("real", lesion=plain["lesion"], **common)
+        i, j, k = plain["centre"]
+        return cls("synthetic", site=Site(plain["shape"], plain["mirrored"], (i, j, k)), seed=plain["seed"], **common)
+
+
+@dataclass(frozen=True)
+class Box:
+    """The rendered cube.
+
+    Args:
+        start: First voxel on the case's grid; may lie beyond it (padded with background).
+        size: Side in voxels.
+        placed: "uniform" over the brain, or around an "event".
+    """
+
+    start: tuple[int, int, int]
+    size: int
+    placed: Literal["uniform", "event"]
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """An orthogonal orientation: axes permuted, then some reversed.
+
+    Args:
+        axes: Axis of the source for each axis of the result.
+        flips: Whether each axis of the result is reversed.
+    """
+
+    axes: tuple[int, int, int] = (0, 1, 2)
+    flips: tuple[bool, bool, bool] = (False, False, False)
+
+    def apply(self, array: NDArray) -> NDArray:
+        """Return the turned array, contiguous."""
+        steps = tuple(slice(None, None, -1 if f else 1) for f in self.flips)
+        return np.ascontiguousarray(array.transpose(self.axes)[steps])
+
+    def apply_affine(self, affine: NDArray[np.float64], shape: tuple[int, ...]) -> NDArray[np.float64]:
+        """Return the affine of the turned array; `shape` is that before turning."""
+        turn = np.zeros((4, 4))
+        turn[3, 3] = 1
+        for new, (old, flip) in enumerate(zip(self.axes, self.flips, strict=True)):
+            turn[old, new] = -1 if flip else 1
+            turn[old, 3] = shape[old] - 1 if flip else 0
+        return affine @ turn
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that is needed, with the case, to render a pair.
+
+    Args:
+        case_id: The case.
+        box: The rendered cube.
+        events: Every lesion of both visits.
+        orientation: Applied last, to both visits and all masks.
+        scaling: Mean and SD of the whole scan in the pair's intensities, at each visit, for z-scores.
+        max_event_mm3: Limit at which real lesions were split, which their numbers depend on.
+        margin: Voxels kept free around real lesions, where synthetic ones are cut off.
+        artifacts: Acquisition artifacts of each visit; none so far.
+        version: Of this format.
+    """
+
+    case_id: str
+    box: Box
+    events: tuple[LesionEvent, ...]
+    orientation: Orientation = Orientation()  # noqa: RUF009
+    scaling: tuple[tuple[float, float], tuple[float, float]] = ((0.0, 1.0), (0.0, 1.0))
+    max_event_mm3: float = 3000.0
+    margin: int = 5
+    artifacts: tuple[Any, ...] = ()
+    version: int = field(default=VERSION)
+
+    def to_json(self) -> str:
+        """Return canonical JSON: sorted keys, no spaces, ASCII."""
+        plain = {
+            "artifacts": list(self.artifacts),
+            "box": {"placed": self.box.placed, "size": self.box.size, "start": list(self.box.start)},
+            "case": self.case_id,
+            "events": [e.as_dict() for e in self.events],
+            "margin": self.margin,
+            "max_event_mm3": self.max_event_mm3,
+            "orientation": {"axes": list(self.orientation.axes), "flips": list(self.orientation.flips)},
+            "scaling": [list(s) for s in self.scaling],
+            "version": self.version,
+        }
+        return json.dumps(plain, sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ConfigError: Not a recipe, or of a newer version.
+        """
+        try:
+            plain = json.loads(text)
+            if plain["version"] > VERSION:
+                raise ConfigError(f"recipe version {plain['version']}: update synthlong, this one reads {VERSION}")
+            box, turn = plain["box"], plain["orientation"]
+            (mean0, sd0), (mean1, sd1) = plain["scaling"]
+            return cls(
+                case_id=plain["case"],
+                box=Box((box["start"][0], box["start"][1], box["start"][2]), box["size"], box["placed"]),
+                events=tuple(LesionEvent.from_dict(e) for e in plain["events"]),
+                orientation=Orientation(tuple(turn["axes"]), tuple(turn["flips"])),
+                scaling=((mean0, sd0), (mean1, sd1)),
+                max_event_mm3=plain["max_event_mm3"],
+                margin=plain["margin"],
+                artifacts=tuple(plain["artifacts"]),
+                version=plain["version"],
+            )
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise ConfigError(f"not a recipe of synthlong ({type(error).__name__}: {error})") from error
+
+
+def rng_of(seed: int, case_id: str, k: int) -> np.random.Generator:
+    """Return the generator of pair k: any worker on any machine draws the same recipe from it."""
+    key = int.from_bytes(hashlib.sha256(case_id.encode()).digest()[:8], "little")
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(key, k)))
+
+
+def lesions_of(case: Case, max_event_mm3: float) -> LesionMap:
+    """Return the case's numbered lesions, worked out once."""
+    key = ("lesions", float(max_event_mm3))
+    if key not in case.derived:
+        case.derived[key] = find_lesions(case.lesions, max_event_mm3=max_event_mm3)
+    return case.derived[key]
+
+
+def placements_of(case: Case, config: SynthesisConfig) -> PlacementMap:
+    """Return where synthetic lesions of the case may lie, worked out once."""
+    key = ("placements", config.prior, config.gray_matter, config.margin)
+    if key not in case.derived:
+        frequency, affine = lesion_prior(Path(config.prior) if config.prior else None)
+        frequency = sample_map(frequency, affine, case.shape, case.affine)
+        places = find_placements(case, frequency, gray_matter=config.gray_matter, margin=config.margin)
+        case.derived[key] = places
+    return case.derived[key]
+
+
+def draw_recipe(case: Case, config: SynthesisConfig, rng: np.random.Generator) -> Recipe:
+    """Draw the recipe of one pair.
+
+    Args:
+        case: The case.
+        config: How pairs are drawn.
+        rng: Source of all randomness; see `rng_of`.
+    """
+    bank = read_bank(Path(config.lesion_bank) if config.lesion_bank else None)
+    lesions = lesions_of(case, config.max_event_mm3)
+    wanted = _draw_counts(rng, config)
+    events = _draw_real(rng, config, lesions, wanted)
+    masks: list[_Placed | None] = [None] * len(events)
+    for event, placed in _draw_synthetic(rng, config, case, bank, wanted):
+        events.append(event)
+        masks.append(placed)
+    return Recipe(
+        case_id=case.id,
+        box=_draw_box(rng, config, case, lesions, events, masks),
+        events=tuple(events),
+        orientation=_draw_orientation(rng, config),
+        scaling=_scaling_of(case),
+        max_event_mm3=float(config.max_event_mm3),
+        margin=config.margin,
+    )
+
+
+_Placed = tuple[NDArray[np.bool_], tuple[slice, ...]]
+_AT = {"new": (0.0, 1.0), "vanished": (1.0, 0.0), "stable": (1.0, 1.0)}
+
+
+def _draw_counts(rng: np.random.Generator, config: SynthesisConfig) -> dict[str, int]:
+    """Draw how many lesions of each kind the pair has beside the unchanged real ones."""
+    new = 0
+    if rng.random() < config.with_new_lesions:
+        new = min(int(rng.geometric(1 / config.new_mean)), config.new_max)
+    means = {
+        "vanished": config.vanished_mean,
+        "enlarging": config.enlarging_mean,
+        "shrinking": config.shrinking_mean,
+        "stable": config.stable_mean,
+    }
+    return {"new": new, **{kind: int(rng.poisson(mean)) for kind, mean in means.items()}}
+
+
+def _draw_extent(rng: np.random.Generator, config: SynthesisConfig, kind: str) -> tuple[float, float]:
+    """Draw the shares of a lesion present at baseline and at follow-up."""
+    if kind in _AT:
+        return _AT[kind]
+    small = round(float(rng.uniform(*config.core_share)), 3)
+    return (small, 1.0) if kind == "enlarging" else (1.0, small)
+
+
+def _draw_real(
+    rng: np.random.Generator, config: SynthesisConfig, lesions: LesionMap, wanted: dict[str, int]
+) -> list[LesionEvent]:
+    """Draw the fate of every real lesion, and take those that change off the wanted ones."""
+    free = list(rng.permutation(np.flatnonzero(lesions.mutable)))
+    fates: dict[int, tuple[float, float]] = {}
+    for kind in ("new", "vanished", "enlarging", "shrinking"):
+        taken = min(int(rng.binomial(wanted[kind], config.real_share)), len(free))
+        wanted[kind] -= taken
+        for _ in range(taken):
+            fates[int(free.pop())] = _draw_extent(rng, config, kind)
+    removed = rng.random(len(lesions)) < config.removed_share
+    events = []
+    for n in range(len(lesions)):
+        gone = removed[n] and lesions.volumes_mm3[n] <= config.max_event_mm3
+        at = fates.get(n, (0.0, 0.0) if gone else (1.0, 1.0))
+        own = lesions.labels[lesions.boxes[n]] == n + 1 if 0 < min(at) < 1 else None
+        whole = int(lesions.volumes_mm3[n])
+        voxels = (_extent(own, whole, at[0]), _extent(own, whole, at[1]))
+        events.append(LesionEvent("real", *at, voxels, lesion=n + 1))
+    return events
+
+
+def _extent(own: NDArray[np.bool_] | None, whole: int, share: float) -> int:
+    return int(core(own, share).sum()) if own is not None else round(whole * share)
+
+
+def _draw_synthetic(
+    rng: np.random.Generator, config: SynthesisConfig, case: Case, bank: LesionBank, wanted: dict[str, int]
+) -> list[tuple[LesionEvent, _Placed]]:
+    """Draw the synthetic lesions, each clear of all others."""
+    if not any(wanted.values()):
+        return []
+    places = placements_of(case, config)
+    allowed = allowed_of(case, config.margin)
+    taken = np.zeros_like(allowed)
+    drawn: list[tuple[LesionEvent, _Placed]] = []
+    for kind in (k for k, n in wanted.items() for _ in range(n)):
+        at = _draw_extent(rng, config, kind)
+        volume = config.volume_median_mm3 * np.exp(config.volume_log_sd * rng.standard_normal())
+        volume = float(np.clip(volume, SMALLEST_EVENT_MM3 + 1, config.max_event_mm3))
+        for _ in range(_PLACEMENT_TRIES):
+            found = draw_site(rng, places, allowed, taken, bank, case.affine, volume_mm3=volume)
+            if found:
+                break
+        else:
+            continue  # the brain is full of lesions: one fewer
+        site, mask, box = found
+        voxels = (int(core(mask, at[0]).sum()), int(core(mask, at[1]).sum()))
+        seed = int(rng.integers(2**31))
+        drawn.append((LesionEvent("synthetic", *at, voxels, site=site, seed=seed), (mask, box)))
+        _take(taken, mask, box, config.margin)
+    return drawn
+
+
+def _take(taken: NDArray[np.bool_], mask: NDArray[np.bool_], box: tuple[slice, ...], margin: int) -> None:
+    """Mark a lesion and its surroundings as taken."""
+    wide = tuple(
+        slice(max(b.start - margin, 0), min(b.stop + margin, n)) for b, n in zip(box, taken.shape, strict=True)
+    )
+    pad = [(b.start - w.start, w.stop - b.stop) for b, w in zip(box, wide, strict=True)]
+    taken[wide] |= grown(np.pad(mask, pad), margin)
+
+
+def _draw_box(
+    rng: np.random.Generator,
+    config: SynthesisConfig,
+    case: Case,
+    lesions: LesionMap,
+    events: list[LesionEvent],
+    masks: list[_Placed | None],
+) -> Box:
+    """Draw the cube: around a voxel of an event, or anywhere over the brain."""
+    size = config.box
+    eventful = [n for n, e in enumerate(events) if e.kind == "new"]
+    eventful = eventful or [n for n, e in enumerate(events) if e.kind not in ("stable", "removed")]
+    eventful = eventful or [n for n, e in enumerate(events) if e.kind == "stable"]
+    around = rng.random() < config.around_events and bool(eventful)
+    if around:
+        n = eventful[int(rng.integers(len(eventful)))]
+        placed = masks[n]
+        if placed is None:
+            number = events[n].lesion
+            assert number is not None
+            box = lesions.boxes[number - 1]
+            placed = (lesions.labels[box] == number, box)
+        where = np.argwhere(placed[0]) + [b.start for b in placed[1]]
+        inset = min(size // 8, 8)
+        start = where[int(rng.integers(len(where)))] - rng.integers(inset, size - inset, 3)
+    else:
+        low, high = _brain_bounds(case)
+        last = np.maximum(high - size, low)
+        start = rng.integers(low, last + 1)
+    fixed = [
+        int(np.clip(s, 0, n - size)) if n >= size else (n - size) // 2
+        for s, n in zip(start, case.shape, strict=True)
+    ]
+    return Box((fixed[0], fixed[1], fixed[2]), size, "event" if around else "uniform")
+
+
+def _brain_bounds(case: Case) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return first and last + 1 voxel of the brain along each axis, worked out once."""
+    if "bounds" not in case.derived:
+        box = grown_box(case.brain > 0, 0)
+        case.derived["bounds"] = (np.array([b.start for b in box]), np.array([b.stop for b in box]))
+    return case.derived["bounds"]
+
+
+def _scaling_of(case: Case) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return mean and SD of the whole scan, for both visits; the few lesion voxels do not move them."""
+    if "scaling" not in case.derived:
+        mean, sd = float(case.flair.mean(dtype=np.float64)), float(case.flair.std(dtype=np.float64))
+        case.derived["scaling"] = (float(f"{mean:.6g}"), float(f"{sd:.6g}"))
+    return case.derived["scaling"], case.derived["scaling"]
+
+
+def _draw_orientation(rng: np.random.Generator, config: SynthesisConfig) -> Orientation:
+    """Draw one orientation for both visits."""
+    if config.orientations == "none":
+        return Orientation()
+    if config.orientations == "mirror":
+        return Orientation(flips=(bool(rng.random() < 0.5), False, False))
+    i, j, k = (int(a) for a in rng.permutation(3))
+    a, b, c = (bool(f) for f in rng.random(3) < 0.5)
+    return Orientation((i, j, k), (a, b, c))
