@@ -42,6 +42,7 @@ __all__ = [
     "lesion_prior",
     "mirror",
     "mni_affine",
+    "prior_path",
     "read_mask",
     "sample_map",
     "tissue_maps",
@@ -69,6 +70,11 @@ def mni_affine() -> NDArray[np.float64]:
     affine = np.eye(4)
     affine[:3, 3] = (-91, -126, -72)
     return affine
+
+
+def prior_path() -> Path:
+    """Return the shipped prior's path."""
+    return ASSETS / "prior.npz"
 
 
 def lesion_prior(path: str | Path | None = None) -> tuple[Array, NDArray[np.float64]]:
@@ -327,7 +333,7 @@ def _brain_and_rim() -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
 
 @lru_cache(maxsize=1)
 def _shipped_prior() -> Array:
-    with np.load(ASSETS / "prior.npz") as file:
+    with np.load(prior_path()) as file:
         coded = file["frequency"]
     frequency = decode_log(_unfold(coded) if coded.shape != MNI_SHAPE else coded)
     frequency.setflags(write=False)

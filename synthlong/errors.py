@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["ConfigError", "InputError", "OutputError", "ShardCorruptError", "SynthlongError"]
+__all__ = ["ConfigError", "InputError", "InputWarning", "OutputError", "ShardCorruptError", "SynthlongError", "short"]
 
 
 def short(path: str | Path) -> str:
@@ -59,6 +59,4 @@ class ShardCorruptError(InputError):
         where = problem if sample is None else f"sample {sample}: {problem}"
         super().__init__(path, where, "copy the shard again or generate it anew")
         self.sample = sample
-
-    def __reduce__(self) -> tuple[type, tuple[Path, int | None, str]]:
-        return type(self), (self.path, self.sample, self.problem)
+        self.args = (path, sample, problem)  # what pickling calls the class with

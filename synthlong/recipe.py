@@ -269,6 +269,7 @@ class Recipe:
         events: Every lesion of both visits.
         orientation: Applied last, to both visits and all masks.
         scaling: Mean and SD of the whole scan in the pair's intensities, at each visit, for z-scores.
+        origin_mm: MNI coordinates of the case's first voxel; its grid is RAS+ at 1 mm.
         max_event_mm3: Limit at which real lesions were split, which their numbers depend on.
         margin: Voxels kept free around real lesions, where synthetic ones are cut off.
         artifacts: Acquisition artifacts of each visit; none so far.
@@ -280,10 +281,18 @@ class Recipe:
     events: tuple[LesionEvent, ...]
     orientation: Orientation = Orientation()  # noqa: RUF009
     scaling: tuple[tuple[float, float], tuple[float, float]] = ((0.0, 1.0), (0.0, 1.0))
+    origin_mm: tuple[float, float, float] = (-91.0, -126.0, -72.0)
     max_event_mm3: float = 3000.0
     margin: int = 5
     artifacts: tuple[Any, ...] = ()
     version: int = field(default=VERSION)
+
+    @property
+    def affine(self) -> NDArray[np.float64]:
+        """Affine `(4, 4)` of the box, turned with its voxels, to MNI millimetres."""
+        box = np.eye(4)
+        box[:3, 3] = np.array(self.origin_mm) + self.box.start
+        return self.orientation.apply_affine(box, (self.box.size,) * 3)
 
     def to_json(self) -> str:
         """Return canonical JSON: sorted keys, no spaces, ASCII."""
@@ -294,6 +303,7 @@ class Recipe:
             "events": [e.as_dict() for e in self.events],
             "margin": self.margin,
             "max_event_mm3": self.max_event_mm3,
+            "origin_mm": list(self.origin_mm),
             "orientation": {"axes": list(self.orientation.axes), "flips": list(self.orientation.flips)},
             "scaling": [list(s) for s in self.scaling],
             "version": self.version,
@@ -319,6 +329,7 @@ class Recipe:
                 events=tuple(LesionEvent.from_dict(e) for e in plain["events"]),
                 orientation=Orientation(tuple(turn["axes"]), tuple(turn["flips"])),
                 scaling=((mean0, sd0), (mean1, sd1)),
+                origin_mm=(plain["origin_mm"][0], plain["origin_mm"][1], plain["origin_mm"][2]),
                 max_event_mm3=plain["max_event_mm3"],
                 margin=plain["margin"],
                 artifacts=tuple(plain["artifacts"]),
@@ -375,6 +386,7 @@ def draw_recipe(case: Case, config: SynthesisConfig, rng: np.random.Generator) -
         events=tuple(events),
         orientation=_draw_orientation(rng, config),
         scaling=_scaling_of(case),
+        origin_mm=(float(case.affine[0, 3]), float(case.affine[1, 3]), float(case.affine[2, 3])),
         max_event_mm3=float(config.max_event_mm3),
         margin=config.margin,
     )
@@ -441,7 +453,7 @@ def _draw_synthetic(
         return []
     places = placements_of(case, config)
     allowed = allowed_of(case, config.margin)
-    taken = np.zeros_like(allowed)
+    taken = np.zeros(allowed.shape, bool)
     drawn: list[tuple[LesionEvent, _Placed]] = []
     for kind in (k for k, n in wanted.items() for _ in range(n)):
         at = _draw_extent(rng, config, kind)

@@ -4,11 +4,14 @@ HDF5 metadata carry checksums under `libver="latest"` and every chunk ends in fl
 changed byte surfaces as an error of HDF5, which this module turns into `ShardCorruptError`. What
 no checksum catches, a file built to mislead, the layout check refuses: links to other files,
 external or virtual storage, unknown filters, a size that was never written.
+
+The text attributes alone lie outside all checksums, in HDF5's global heap, and HDF5 2.0 can loop
+for ever on a heap with one changed bit. So this module never asks HDF5 for them: it finds `schema`
+in the head of the file itself. Read `config` and `versions` only after the file's SHA-256 matched.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -34,6 +37,7 @@ VOLUMES: dict[str, np.dtype[Any]] = {
 }
 _RECIPES: dict[str, np.dtype[Any]] = {"recipe_json": np.dtype("u1"), "recipe_end": np.dtype("<i8")}
 _BLOSC, _FLETCHER32 = hdf5plugin.Blosc.filter_id, h5py.h5z.FILTER_FLETCHER32
+_HEAD = 2**16
 
 
 class _LayoutError(ValueError):
@@ -59,6 +63,7 @@ class ShardReader:
         self.path = Path(path)
         self._recipes: list[str] | None = None
         with _corruption_named(self.path, None):
+            _check_head(self.path)
             self._file = h5py.File(self.path, "r", locking=False, rdcc_nbytes=0)
         try:
             with _corruption_named(self.path, None):
@@ -92,7 +97,6 @@ class ShardReader:
 
     def _checked_datasets(self) -> dict[str, Any]:
         file, wanted = self._file, VOLUMES | _RECIPES
-        check_schema(self.path, file.attrs.get("schema"), made_by=file.attrs.get("versions"))
         if len(file) != len(wanted) or set(file) != set(wanted):
             raise _LayoutError("does not hold the datasets of its schema")
         for name in wanted:
@@ -108,24 +112,31 @@ class ShardReader:
         return datasets
 
 
-def check_schema(path: Path, schema: object, *, made_by: object = None) -> None:
+def check_schema(path: Path, schema: object, *, made_by: str | None = None) -> None:
     """Raise unless `schema` is the one this version reads; a newer one names what is needed.
 
     Args:
         path: The file that the error names.
         schema: What the file says it is.
-        made_by: The file's `versions` attribute (JSON), whose `synthlong` is the version to install.
+        made_by: The version of synthlong that wrote the file, where known.
     """
     if schema == SCHEMA:
         return
-    newer = re.fullmatch(r"synthlong/([1-9][0-9]{0,5})", schema) if isinstance(schema, str) else None
-    if newer is None:
+    if not isinstance(schema, str) or not re.fullmatch(r"synthlong/[1-9][0-9]{0,5}", schema):
         raise ShardCorruptError(path, None, f"is not of schema {SCHEMA}")
-    try:
-        version = f">= {json.loads(str(made_by))['synthlong']}"
-    except (ValueError, KeyError, TypeError):
-        version = f"that reads {schema}"
-    raise InputError(path, f"has schema {schema}, newer than {SCHEMA}", f"install a synthlong {version}")
+    needed = f">= {made_by}" if made_by else f"that reads {schema}"
+    raise InputError(path, f"has schema {schema}, newer than {SCHEMA}", f"install a synthlong {needed}")
+
+
+def _check_head(path: Path) -> None:
+    """Check the schema in the file's first bytes, where `writer` puts it: its length, then its text."""
+    with path.open("rb") as file:
+        head = file.read(_HEAD)
+    schema = re.search(rb"(.{8})(synthlong/[0-9]+)", head, re.DOTALL)
+    if schema is None or int.from_bytes(schema[1], "little") != len(schema[2]):
+        raise _LayoutError(f"is not of schema {SCHEMA}")
+    version = re.search(rb'"synthlong": ?"([0-9A-Za-z.+]{1,32})"', head)
+    check_schema(path, schema[2].decode(), made_by=version[1].decode() if version else None)
 
 
 def _shape(datasets: dict[str, Any], name: str, *, rank: int) -> tuple[int, ...]:

@@ -102,6 +102,10 @@ def encode_shard(
 
     buffer = io.BytesIO()
     with _blosc_environment_ignored(), h5py.File(buffer, "w", libver="latest") as file:
+        file.attrs["schema"] = SCHEMA  # first of all: `reader` looks for it at the head of the file
+        file.attrs["config"] = config_json
+        file.attrs["versions"] = versions_json
+        file.attrs["spacing_mm"] = np.float64(spacing_mm)
         for name, dtype in VOLUMES.items():
             shape = (side, side, side)
             dataset = _create(file, name, dtype, (n, *shape), chunk=(1, *shape), compression=compression)
@@ -113,10 +117,6 @@ def encode_shard(
         ):
             dataset = _create(file, name, values.dtype, values.shape, values.shape, compression)
             dataset[...] = values
-        file.attrs["schema"] = SCHEMA
-        file.attrs["config"] = config_json
-        file.attrs["versions"] = versions_json
-        file.attrs["spacing_mm"] = np.float64(spacing_mm)
     data = buffer.getvalue()
 
     chunk_sums = _chunk_sums(data, n)

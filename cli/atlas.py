@@ -1,0 +1,18 @@
+"""`synthlong atlas`: a lesion prior from masks in MNI space."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def atlas(
+    masks: list[Path] = typer.Argument(..., help="Lesion masks in MNI152 space, any orientation and voxel size."),
+    out: Path = typer.Option(..., "-o", "--out", help="Prior to write (.nii.gz); use it as `prior` in a config."),
+) -> None:
+    """Build a lesion prior; several masks of one `sub-ID` count as one patient."""
+    from synthlong.atlas import write_prior
+
+    write_prior(masks, out)
+    typer.echo(f"{out.name}: prior of {len(masks)} masks")

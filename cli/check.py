@@ -1,0 +1,40 @@
+"""`synthlong check`: read and validate every case, write nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from .options import Prefer
+
+
+def check(
+    cases: Path = typer.Argument(..., help="Manifest (CSV: subject,flair,mask[,t1,brain,tissue]) or folder of cases."),
+    prefer: Prefer = typer.Option(None, help="Which of two disagreeing orientations to use."),
+) -> None:
+    """Read and validate every case: one line each; exit code 1 if one cannot be used."""
+    import warnings
+
+    from synthlong.errors import InputError, InputWarning
+    from synthlong.lesions import find_lesions
+    from synthlong.manifest import find_cases
+
+    failed = 0
+    for files in find_cases(cases):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", InputWarning)
+            try:
+                case = files.read(prefer=prefer.value if prefer else None)
+            except InputError as error:
+                failed += 1
+                typer.echo(f"FAIL  {files.subject}: {error}")
+                continue
+        lesions = find_lesions(case.lesions, max_event_mm3=float("inf"))
+        grid = " x ".join(str(n) for n in case.shape)
+        volume_ml = lesions.volumes_mm3.sum() / 1000
+        typer.echo(f"ok    {files.subject}: {grid} mm, {len(lesions)} lesions, {volume_ml:.1f} ml")
+        for warning in caught:
+            if issubclass(warning.category, InputWarning):
+                typer.echo(f"      warning: {warning.message}")
+    raise typer.Exit(1 if failed else 0)

@@ -1,0 +1,22 @@
+"""`synthlong export`: pairs as NIfTI in BIDS layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from .options import numbers_of
+
+
+def export(
+    run: Path = typer.Argument(..., help="Folder that `generate` wrote."),
+    out: Path = typer.Option(..., "-o", "--out", help="Folder to write."),
+    pairs: str = typer.Option(None, help="Which pairs, e.g. 0,5 or 0-9; default: all."),
+) -> None:
+    """Write pairs as NIfTI: both visits in BIDS layout, masks and recipe under derivatives/."""
+    from synthlong.dataset.export import export_pairs
+
+    numbers = numbers_of(pairs, "--pairs") if pairs is not None else None
+    folders = export_pairs(run, out, numbers=numbers)
+    typer.echo(f"{out.name}: {len(folders)} pairs, {folders[0].name} to {folders[-1].name}")

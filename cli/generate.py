@@ -1,0 +1,56 @@
+"""`synthlong generate`: cases to shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from .options import Prefer
+
+
+def generate(
+    cases: Path = typer.Argument(..., help="Manifest (CSV: subject,flair,mask) or folder of cases, in MNI space."),
+    out: Path = typer.Option(..., "-o", "--out", help="Folder to write; call again to go on where it stopped."),
+    pairs: int = typer.Option(..., help="Number of pairs."),
+    seed: int = typer.Option(..., help="Seed of every draw."),
+    config: Path = typer.Option(None, help="SynthesisConfig as TOML."),
+    shard_size: int = typer.Option(64, help="Pairs in a shard."),
+    workers: int = typer.Option(0, help="Processes; 0: one per processor."),
+    device: str = typer.Option(None, help="Torch device of the networks, e.g. cuda:0."),
+    strict: bool = typer.Option(False, "--strict", help="Write nothing if a case cannot be used."),
+    prefer: Prefer = typer.Option(None, help="Which of two disagreeing orientations to use."),
+) -> None:
+    """Make a data set of synthetic longitudinal pairs from single-visit scans."""
+    from dataclasses import replace
+
+    from synthlong.dataset.run import generate as run
+    from synthlong.recipe import SynthesisConfig
+
+    from .progress import progress_bar
+
+    chosen = SynthesisConfig.from_toml(config) if config else SynthesisConfig()
+    if device:
+        chosen = replace(chosen, device=device)
+    with progress_bar() as show:
+        outcome = run(
+            cases,
+            out,
+            pairs=pairs,
+            seed=seed,
+            config=chosen,
+            shard_size=shard_size,
+            workers=workers,
+            strict=strict,
+            prefer=prefer.value if prefer else None,
+            progress=show,
+        )
+    for subject, problem in outcome.failures.items():
+        typer.echo(f"left out: {subject}: {problem}", err=True)
+    if outcome.made:
+        rate = outcome.made / max(outcome.seconds, 1e-9)
+        text = f"{outcome.made} made in {outcome.seconds:.1f} s, {rate:.1f} pairs/s"
+    else:
+        text = "already complete"
+    typer.echo(f"{out.name}: {outcome.pairs} pairs in {outcome.shards} shards ({text})")
+    raise typer.Exit(1 if outcome.failures else 0)

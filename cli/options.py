@@ -1,0 +1,31 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from synthlong.errors import ConfigError
+
+__all__ = ["Prefer", "numbers_of"]
+
+
+class Prefer(StrEnum):
+    """The two orientations of a NIfTI header."""
+
+    sform = "sform"
+    qform = "qform"
+
+
+def numbers_of(text: str, option: str) -> list[int]:
+    """Return the numbers of a list such as `0,5,10-12`.
+
+    Raises:
+        ConfigError: Something else.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdecimal() or (last and not last.isdecimal()):
+            raise ConfigError(f"{option} {text}: give numbers such as 0,5 or 0-9")
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers

@@ -1,0 +1,26 @@
+"""`synthlong replay`: render a pair again from its recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def replay(
+    run: Path = typer.Argument(..., help="Folder that `generate` wrote."),
+    number: int = typer.Argument(..., help="Number of the pair."),
+    out: Path = typer.Option(..., "-o", "--out", help="Folder to write (NIfTI, BIDS layout)."),
+    whole: bool = typer.Option(False, "--whole", help="On the case's whole grid instead of the box."),
+    cases: Path = typer.Option(None, help="The run's cases, if they are no longer where they were."),
+    config: Path = typer.Option(None, help="The run's config, if it names its own prior, bank or weights."),
+) -> None:
+    """Render a pair again from its recipe, check it against the shard, and write it as NIfTI."""
+    from synthlong.dataset.export import write_pair
+    from synthlong.dataset.replay import replay as again
+    from synthlong.recipe import SynthesisConfig
+
+    chosen = SynthesisConfig.from_toml(config) if config else None
+    pair = again(run, number, source=cases, config=chosen, whole=whole)
+    folder = write_pair(out, number, pair)
+    typer.echo(f"{folder.name}: the same as in the shard" + (", here on the whole grid" if whole else ""))

@@ -1,0 +1,19 @@
+"""`synthlong report`: a page with pictures of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def report(
+    run: Path = typer.Argument(..., help="Folder that `generate` wrote."),
+    out: Path = typer.Option(..., "-o", "--out", help="HTML file to write."),
+    samples: int = typer.Option(12, help="Pairs to show."),
+) -> None:
+    """Write one self-contained HTML page: slices through the changes, counts, volumes, placements."""
+    from synthlong.report import write_report
+
+    write_report(run, out, samples=samples)
+    typer.echo(f"{out.name} written")

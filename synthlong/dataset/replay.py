@@ -1,0 +1,98 @@
+"""A pair made again from its recipe, and compared with what the shard holds."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from synthlong.dataset.run import BUNDLED, asset_hashes, bundled_cases, read_run, synthesis_of
+from synthlong.dataset.shards import IMAGES, VOLUMES, ShardDataset
+from synthlong.errors import ConfigError, InputError, InputWarning, SynthlongError
+from synthlong.inpainting import heal
+from synthlong.manifest import find_cases
+from synthlong.pair import Pair, render
+from synthlong.recipe import Recipe, SynthesisConfig
+
+__all__ = ["replay"]
+
+
+def replay(
+    run: Path,
+    number: int,
+    *,
+    source: Path | None = None,
+    config: SynthesisConfig | None = None,
+    whole: bool = False,
+) -> Pair:
+    """Render pair `number` of a run again; its box is compared with the shard, bit for bit.
+
+    Args:
+        run: Folder that `generate` wrote.
+        number: Of the pair.
+        source: Manifest or folder of the cases; None: where the run found them.
+        config: The run's, if it named its own prior, bank or weights: a run keeps their hashes, not their paths.
+        whole: Return the pair on the case's whole grid.
+
+    Raises:
+        InputError: The scans or the weights are not those of the run, or the pair comes out different.
+    """
+    plan = read_run(run)
+    dataset = ShardDataset(run)
+    if not 0 <= number < len(dataset):
+        raise ConfigError(f"{run.name} has pairs 0..{len(dataset) - 1}, not {number}")
+    stored = dataset[number]
+    recipe = Recipe.from_json(stored["recipe"])
+    drawn = SynthesisConfig.from_dict({k: v for k, v in plan["config"].items() if v is not None})
+    config = replace(config, precision=drawn.precision, device=drawn.device) if config else drawn
+    if source is None:
+        source = _source_of(run, plan)
+    files = {f.subject: f for f in find_cases(source)}.get(recipe.case_id)
+    if files is None:
+        raise InputError(source, f"case '{recipe.case_id}' is not in it", "name the run's cases with --cases")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # with two, the bits of a result change
+    try:
+        case = files.read()
+        recorded = next(c["sources"] for c in plan["cases"] if c["subject"] == recipe.case_id)
+        if case.sources != recorded:
+            role = next(r for r in {**recorded, **case.sources} if recorded.get(r) != case.sources.get(r))
+            path = getattr(files, role, files.flair) or files.flair
+            raise InputError(path, "has changed since the run (its SHA-256 differs)", "restore the file")
+        for name, sha256 in asset_hashes(config).items():
+            if sha256 != plan["assets"][name]:
+                raise InputError(run, f"the run used another {name}", "name it by --config, as for `generate`")
+        inpainter, painter, bank = synthesis_of(config)
+        healed = heal(case, inpainter)
+        pair = render(healed, recipe, painter=painter, bank=bank)
+        _compare(pair, stored, run, number, plan)
+        return render(healed, recipe, painter=painter, bank=bank, whole=True) if whole else pair
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _source_of(run: Path, plan: dict[str, Any]) -> Path:
+    if plan["source"] == BUNDLED:
+        return bundled_cases()
+    path = run / plan["source"] if plan["source"] else None
+    if path is None or not path.exists():
+        raise InputError(run, "the run's cases are not where they were", "name them with --cases")
+    return path
+
+
+def _compare(pair: Pair, stored: dict[str, Any], run: Path, number: int, plan: dict[str, Any]) -> None:
+    for name in VOLUMES:
+        made = getattr(pair, name)
+        made = made.astype(np.float16).astype(np.float32) if name in IMAGES else made
+        if np.array_equal(made, stored[name][0].numpy()):
+            continue
+        cpu = torch.backends.cpu.get_cpu_capability()
+        if cpu != plan["machine"]["cpu"] or torch.__version__ != plan["versions"]["torch"]:
+            text = f"pair {number}: {name} differs in its last bits: other processor or torch than the run's"
+            warnings.warn(text, InputWarning, stacklevel=3)
+            return
+        raise SynthlongError(f"{run.name}: pair {number} does not come out as stored ({name}); run `synthlong report`")

@@ -1,0 +1,91 @@
+"""Prepared cases on disk, for the workers of a run: arrays that are mapped, not loaded.
+
+Reading a scan, filling its lesions and working out where lesions may lie takes seconds; a worker that makes one
+pair of each of a hundred cases must not pay that again. Everything lies under `OUT/work/` until the run is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from synthlong.case import Case
+from synthlong.lesions import LesionMap
+from synthlong.placement import PlacementMap, allowed_of
+from synthlong.recipe import SynthesisConfig, lesions_of, placements_of
+
+__all__ = ["open_case", "stored_stamp", "store_case"]
+
+_ARRAYS = ("flair", "lesions", "brain", "tissue", "healthy")
+
+
+def store_case(folder: Path, case: Case, config: SynthesisConfig, *, stamp: dict[str, Any]) -> None:
+    """Write a case with what `draw_recipe` and `render` work out from it; complete or not at all.
+
+    Args:
+        folder: Where; replaced if it exists.
+        case: With its healthy volume.
+        config: Of the run.
+        stamp: What the result depends on; `stored_stamp` gives it back.
+    """
+    lesions, places = lesions_of(case, config.max_event_mm3), placements_of(case, config)
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    arrays = {name: getattr(case, name) for name in _ARRAYS}
+    arrays |= {"labels": lesions.labels, "volumes_mm3": lesions.volumes_mm3, "mutable": lesions.mutable}
+    arrays |= {"allowed": allowed_of(case, config.margin), "voxels": places.voxels, "cumulative": places.cumulative}
+    for name, array in arrays.items():
+        np.save(unfinished / f"{name}.npy", np.ascontiguousarray(array), allow_pickle=False)
+    plain = {
+        "id": case.id,
+        "affine": case.affine.tolist(),
+        "scan_mean": case.scan_mean,
+        "scan_sd": case.scan_sd,
+        "sources": case.sources,
+        "boxes": [[[s.start, s.stop] for s in box] for box in lesions.boxes],
+        "stamp": stamp,
+    }
+    (unfinished / "case.json").write_text(json.dumps(plain))
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+
+
+def stored_stamp(folder: Path) -> dict[str, Any] | None:
+    """Return the stamp of a stored case, None if there is none."""
+    try:
+        return json.loads((folder / "case.json").read_text())["stamp"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def open_case(folder: Path, config: SynthesisConfig) -> Case:
+    """Open a stored case; its arrays are read from the disk as they are used."""
+    plain = json.loads((folder / "case.json").read_text())
+
+    def array(name: str) -> Any:
+        return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+
+    lesions = LesionMap(
+        labels=array("labels"),
+        volumes_mm3=np.array(array("volumes_mm3")),
+        boxes=tuple(tuple(slice(a, b) for a, b in box) for box in plain["boxes"]),
+        mutable=np.array(array("mutable")),
+    )
+    case = Case(
+        id=plain["id"],
+        affine=np.array(plain["affine"]),
+        scan_mean=plain["scan_mean"],
+        scan_sd=plain["scan_sd"],
+        sources=plain["sources"],
+        **{name: array(name) for name in _ARRAYS},
+    )
+    case.derived["lesions", float(config.max_event_mm3)] = lesions
+    case.derived["allowed", config.margin] = array("allowed")
+    key = ("placements", config.prior, config.gray_matter, config.margin)
+    case.derived[key] = PlacementMap(array("voxels"), array("cumulative"))
+    return case
