@@ -14,7 +14,7 @@ def demo(
 ) -> None:
     """Turn two real scans that come with the package into pairs, shards and a page with pictures."""
     from synthlong.dataset.export import export_pairs
-    from synthlong.dataset.run import bundled_cases
+    from synthlong.dataset.plan import bundled_cases
     from synthlong.dataset.run import generate as run
     from synthlong.report import write_report
 

@@ -20,13 +20,14 @@ from scipy import ndimage
 
 from synthlong.errors import InputError, InputWarning, short
 from synthlong.nifti import Volume, read_nifti
-from synthlong.tissue import CSF, classify_tissue, fitted_tissue_maps
+from synthlong.tissue import CSF, classify_tissue, fitted_tissue_maps, is_whole
 
 __all__ = ["Case", "read_case"]
 
 _SMALLEST_SIDE_MM = 16
 _LARGEST_SIDE_MM = 512
 _KNOT_GRID = 4096
+_WRONG_MASK = "name the lesion mask in column 'mask'"
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +113,7 @@ def read_case(
     if "brain" in extra:
         _check_binary(extra["brain"])
         if np.array_equal(brain_mask, lesion.data != 0):
-            raise InputError(mask, "the lesion mask is the brain mask", "name the lesion mask in column 'mask'")
+            raise InputError(mask, "the lesion mask is the brain mask", _WRONG_MASK)
     labels = None
     if "tissue" in extra:
         if not np.isin(extra["tissue"].data, (0, 1, 2, 3)).all():
@@ -126,7 +127,10 @@ def read_case(
     inside &= brain_mask
     values = np.where(brain_mask, np.maximum(values, 0), 0).astype(np.float32)
     if brain_mask.sum() < _SMALLEST_SIDE_MM**3 // 4:
-        raise InputError(flair, f"only {brain_mask.sum()} mm3 of brain", "pass the whole brain, or a larger box of it")
+        problem = f"only {brain_mask.sum()} mm3 of brain"
+        raise InputError(flair, problem, "pass the whole brain, or a larger box of it")
+    if np.median(values[brain_mask]) == 0:
+        raise InputError(flair, "it is 0 in most of the brain mask", "check the brain mask")
     maps = fitted_tissue_maps(brain_mask, grid.affine)
     _check_looks(flair, values, brain_mask, maps)
     if labels is None:
@@ -134,8 +138,12 @@ def read_case(
     labels = np.where(brain_mask, labels, 0).astype(np.uint8)
     tissue_values = values[brain_mask & ~inside & (labels != CSF)]
     if tissue_values.size < 1000 or tissue_values.min() == tissue_values.max():
-        raise InputError(flair, "too little brain tissue outside lesions and CSF", "check the brain mask and the labels")
-    values /= np.float32(_mode(tissue_values))
+        problem = "too little brain tissue outside lesions and CSF"
+        raise InputError(flair, problem, "check the brain mask and the labels")
+    mode = _mode(tissue_values)
+    if mode < 0.1 * tissue_values.mean(dtype=np.float64):
+        raise InputError(flair, "much of its brain tissue is 0", "check the brain mask and the labels")
+    values /= np.float32(mode)
     _warn_empty(lesion, inside)
     return Case(
         id=subject if subject is not None else _subject_of(flair),
@@ -170,20 +178,21 @@ class _Grid:
         if not image.coded:
             warnings.warn(f"{short(image.path)}: neither sform nor qform is set", InputWarning, stacklevel=3)
         if sides.max() > 3.01 * sides.min():
-            text = " x ".join(f"{s:.2g}" for s in sides)
-            warnings.warn(f"{short(image.path)}: very anisotropic voxels, {text} mm", InputWarning, stacklevel=3)
+            text = f"very anisotropic voxels, {' x '.join(f'{s:.2g}' for s in sides)} mm"
+            warnings.warn(f"{short(image.path)}: {text}", InputWarning, stacklevel=3)
         extent = np.array(shape) * sides
         if extent.min() < _SMALLEST_SIDE_MM - 0.5:
             way = f"pass at least {_SMALLEST_SIDE_MM} mm a side"
             raise InputError(image.path, f"the scan is only {extent.min():.0f} mm wide", way)
+        if extent.max() > _LARGEST_SIDE_MM:
+            problem = f"the scan spans {extent.max():.0f} mm"
+            raise InputError(image.path, problem, "check the header's voxel size")
         if np.abs(affine[:3, :3] - np.eye(3)).max() < 1e-3:
             return cls(orientation, affine, shape, affine, keeps=True)
         corners = np.array(np.meshgrid(*[(-0.5, n - 0.5) for n in shape], indexing="ij")).reshape(3, -1)
         world = affine[:3, :3] @ corners + affine[:3, 3:]
         first, last = np.ceil(world.min(axis=1) - 1e-3), np.floor(world.max(axis=1) + 1e-3)
         size = (last - first + 1).astype(int)
-        if size.max() > _LARGEST_SIDE_MM:
-            raise InputError(image.path, f"the scan spans {size.max()} mm", "check the header's voxel size")
         target = np.eye(4)
         target[:3, 3] = first
         return cls(orientation, affine, (int(size[0]), int(size[1]), int(size[2])), target, keeps=False)
@@ -191,14 +200,15 @@ class _Grid:
     def _turn(self, data: NDArray) -> NDArray:
         return np.ascontiguousarray(nib.orientations.apply_orientation(data, self.orientation))
 
-    def _interpolate(self, data: NDArray, order: int) -> NDArray[np.float32]:
+    def _interpolate(self, data: NDArray, order: int, *, nudge: float = 0.0) -> NDArray[np.float32]:
         step = np.linalg.inv(self.reoriented) @ self.affine
         data = data.astype(np.float32)
         fine = np.maximum(1 / np.linalg.norm(self.reoriented[:3, :3], axis=0), 1)
         if order and fine.max() > 1.01:  # finer than 1 mm: average before taking every n-th sample
             data = ndimage.gaussian_filter(data, np.sqrt(fine**2 - 1) / 2.355, mode="nearest")
+        data = np.pad(data, 1, mode="edge")  # the outer half of border voxels is theirs, not background
         return ndimage.affine_transform(
-            data, step[:3, :3], step[:3, 3], self.shape, output=np.float32, order=order, mode="constant"
+            data, step[:3, :3], step[:3, 3] + 1 + nudge, self.shape, np.float32, order=order, mode="constant"
         )
 
     def resample(self, data: NDArray) -> NDArray[np.float32]:
@@ -207,7 +217,8 @@ class _Grid:
 
     def resample_mask(self, data: NDArray) -> NDArray[np.bool_]:
         data = self._turn(data)
-        return data != 0 if self.keeps else self._interpolate(data, 1) >= 0.5
+        # midway between voxels a border would count on both sides and swell the mask: the nudge takes one
+        return data != 0 if self.keeps else self._interpolate(data != 0, 1, nudge=1e-3) >= 0.5
 
     def resample_labels(self, data: NDArray) -> NDArray[np.uint8]:
         data = self._turn(data)
@@ -237,13 +248,13 @@ def _check_binary(volume: Volume) -> None:
 
 
 def _check_mask(mask: Volume, image: Volume) -> None:
-    if mask.sha256 == image.sha256:
-        raise InputError(mask.path, "the mask is the FLAIR itself", "name the lesion mask in column 'mask'")
+    if mask.sha256 == image.sha256 or np.array_equal(mask.data, image.data):
+        raise InputError(mask.path, "the mask is the FLAIR itself", _WRONG_MASK)
     _check_binary(mask)
     lesion, scan = mask.data != 0, image.data != 0
     if lesion.any() and lesion.sum() > 0.5 * scan.sum():
         problem = f"the mask covers {lesion.sum() / scan.sum():.0%} of the scan, like a brain mask"
-        raise InputError(mask.path, problem, "name the lesion mask in column 'mask'")
+        raise InputError(mask.path, problem, _WRONG_MASK)
 
 
 def _clip_to_brain(mask: Volume, brain: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -288,22 +299,45 @@ def _check_looks(
     if outside > 0.15:
         text = f"{outside:.0%} of its non-zero voxels lie outside the MNI brain: skull, or not in MNI space?"
         warnings.warn(f"{short(path)}: {text}", InputWarning, stacklevel=3)
+    elif _has_shell(values, brain):
+        text = "a shell unlike brain surrounds it: not skull-stripped?"
+        warnings.warn(f"{short(path)}: {text}", InputWarning, stacklevel=3)
     regions = [values[brain & (m > 0.95)] for m in (csf, gm, wm)]
     if min(len(r) for r in regions) < 100:
         return
     dark, gray, white = (float(np.median(r)) for r in regions)
     if dark > 0.9 * white or gray < 0.85 * white:
-        text = f"looks like no FLAIR (CSF {dark / white:.2f}, gray matter {gray / white:.2f} of white matter)"
-        warnings.warn(f"{short(path)}: {text}", InputWarning, stacklevel=3)
+        medians = f"CSF {dark:.3g}, gray matter {gray:.3g}, white matter {white:.3g}"
+        warnings.warn(f"{short(path)}: looks like no FLAIR ({medians})", InputWarning, stacklevel=3)
+
+
+def _has_shell(values: NDArray[np.float32], brain: NDArray[np.bool_]) -> bool:
+    """Whether a whole scan is brighter (scalp) or darker (skull) near its surface than deep inside.
+
+    Within 5 to 8 mm of the surface the median of skull-stripped FLAIR is that of the inside.
+    """
+    solid = ndimage.binary_fill_holes(brain[::2, ::2, ::2])
+    if not is_whole(brain) or solid.all():
+        return False
+    depth_mm = 2 * ndimage.distance_transform_edt(solid)
+    layers = ((0, 5), (5, 8), (20, np.inf))
+    parts = [values[::2, ::2, ::2][(depth_mm > low) & (depth_mm <= high)] for low, high in layers]
+    if min(p.size for p in parts) < 100:
+        return False
+    rim, below, inside = (float(np.median(p)) for p in parts)
+    return rim > 1.3 * inside or below < 0.75 * inside
 
 
 def _mode(values: NDArray[np.float32]) -> float:
     """Return the mode by a Gaussian kernel density estimate (Silverman's bandwidth, on a fine grid)."""
     low, high = np.percentile(values, (0.1, 99.9))
     counts, edges = np.histogram(values, bins=_KNOT_GRID, range=(float(low), float(high)))
-    spread = min(float(values.std()), float(np.subtract(*np.percentile(values, (75, 25)))) / 1.349) or 1.0
-    bandwidth = 0.9 * spread * values.size**-0.2
-    density = ndimage.gaussian_filter1d(counts.astype(float), bandwidth / (edges[1] - edges[0]), mode="constant")
+    sd = float(values.std(dtype=np.float64))
+    bandwidth = (
+        0.9 * (min(sd, np.subtract(*np.percentile(values, (75, 25))) / 1.349) or sd) * values.size**-0.2
+    )
+    sigma = bandwidth / (edges[1] - edges[0])
+    density = ndimage.gaussian_filter1d(counts.astype(float), sigma, mode="constant")
     best = int(density.argmax())
     return float(edges[best] + edges[best + 1]) / 2
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import numpy as np
@@ -68,8 +69,12 @@ class FitConfig:
     def __post_init__(self) -> None:
         if self.precision == "auto":
             object.__setattr__(self, "precision", default_precision(self.device))
-        if self.steps < 1 or not self.sides or min(self.sides) < 16 or self.learning_rate <= 0:
-            raise ConfigError("fit: steps must be >= 1, sides >= 16 voxels, learning_rate > 0")
+        if min(self.steps, self.report_every) < 1 or not self.learning_rate > 0 or self.seed < 0:
+            raise ConfigError("fit: steps and report_every must be >= 1, learning_rate > 0, seed >= 0")
+        if not self.sides or any(side < 16 or side % 4 for side in self.sides):
+            raise ConfigError(f"fit: sides {self.sides} must be multiples of 4 of at least 16 voxels")
+        if self.precision not in ("bf16", "float32"):
+            raise ConfigError(f"fit: precision {ascii(self.precision)} must be auto, bf16 or float32")
 
 
 def fit(
@@ -103,7 +108,8 @@ def fit(
     adam = torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.999))
     checkpoint = out.with_suffix(".checkpoint")
     settings = {**asdict(config), "sides": list(config.sides)}
-    first, curve, seconds = _resume(checkpoint, settings, model, adam)
+    about = {"task": task, "network": network.as_dict()}
+    first, curve, seconds = _resume(checkpoint, {**settings, **about}, model, adam)
     started = saved = time.monotonic()
     losses: list[float] = []
     for step in range(first, config.steps):
@@ -130,7 +136,7 @@ def fit(
             losses = []
         if time.monotonic() - saved > _CHECKPOINT_EVERY_S and not losses:
             saved = time.monotonic()
-            _save(checkpoint, settings, model, adam, done, curve, seconds + saved - started)
+            _save(checkpoint, {**settings, **about}, model, adam, done, curve, seconds + saved - started)
     figures = {"curve": curve, "fit": settings, "seconds": round(seconds + time.monotonic() - started)}
     write_weights(out, model, task=task, card={**card, **figures})
     checkpoint.unlink(missing_ok=True)
@@ -252,9 +258,13 @@ def _resume(
 ) -> tuple[int, list[dict[str, float]], float]:
     if not path.exists():
         return 0, [], 0.0
-    state = torch.load(path, weights_only=True, map_location=next(model.parameters()).device)
-    if state["settings"] != settings:
-        changed = sorted(k for k in settings if settings[k] != state["settings"].get(k))
+    try:
+        state = torch.load(path, weights_only=True, map_location=next(model.parameters()).device)
+        made = state["settings"]
+    except (OSError, EOFError, KeyError, TypeError, RuntimeError, UnpicklingError) as error:
+        raise InputError(path, f"the checkpoint is damaged ({type(error).__name__})", "remove it") from error
+    changed = sorted(k for k in settings if settings[k] != made.get(k, settings[k]))
+    if changed:
         raise InputError(path, f"the checkpoint was made with other settings ({', '.join(changed)})", "remove it")
     model.load_state_dict(state["model"])
     adam.load_state_dict(state["adam"])

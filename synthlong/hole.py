@@ -29,14 +29,16 @@ def soft_hole(mask: NDArray) -> NDArray[np.float32]:
     Args:
         mask: Lesion voxels, shape `(I, J, K)`, zero or not.
     """
-    mask = np.asarray(mask) != 0
-    if not mask.any():
-        return np.zeros(mask.shape, np.float32)
-    box = grown_box(mask, REACH)
-    outside = ndimage.distance_transform_edt(~mask[box])
-    x = np.clip((_ZERO - outside) / (_ZERO - _FULL), 0, 1)
+    return faded(np.asarray(mask) != 0, full=_FULL, zero=_ZERO)
+
+
+def faded(mask: NDArray[np.bool_], *, full: float, zero: float) -> NDArray[np.float32]:
+    """Return 1 up to `full` voxels from a mask, then a smooth step down to 0 at `zero` (at most `REACH`) voxels."""
+    steps = np.argwhere(np.ones((2 * REACH + 1,) * 3)) - REACH
+    x = np.clip((zero - np.sqrt((steps**2).sum(axis=1))) / (zero - full), 0, 1)
+    values = (x * x * (3 - 2 * x)).astype(np.float32)
     weight = np.zeros(mask.shape, np.float32)
-    weight[box] = x * x * (3 - 2 * x)
+    _stamp(weight, np.argwhere(mask), steps[values > 0], values[values > 0])
     return weight
 
 
@@ -65,13 +67,14 @@ def first_guess(x: NDArray, weight: NDArray, *, sweeps: int = 60) -> NDArray[np.
         sweeps: Sweeps of successive over-relaxation (factor 1.8); 60 settle holes about 20 voxels wide.
     """
     filled = np.ascontiguousarray(x, np.float32).copy()
-    inside = np.ascontiguousarray(weight > 0)
-    if not inside.any():
+    if not (weight > 0).any():
         return filled
-    rim = ndimage.binary_dilation(inside, iterations=2) & ~inside & (filled != 0)
-    filled[inside] = filled[rim].mean() if rim.any() else 0.0
-    where = np.argwhere(inside).astype(np.int32)
-    _relax(filled, (filled != 0) | inside, where, sweeps, np.float32(1.8))
+    box = grown_box(weight > 0, 2)
+    part, inside = np.ascontiguousarray(filled[box]), np.ascontiguousarray(weight[box] > 0)
+    rim = ndimage.binary_dilation(inside, iterations=2) & ~inside & (part != 0)
+    part[inside] = part[rim].mean() if rim.any() else 0.0
+    _relax(part, (part != 0) | inside, np.argwhere(inside), sweeps, np.float32(1.8))
+    filled[box] = part
     return filled
 
 
@@ -91,6 +94,17 @@ def corrupt(x: NDArray, weight: NDArray, region: NDArray, *, seed: int) -> NDArr
     mean, sd = (float(tissue.mean()), float(tissue.std())) if tissue.size else (1.0, 0.2)
     noisy = x + weight * (noise(x.shape, seed, mean=mean, sd=sd) - x)
     return np.stack([noisy, first_guess(x, weight), region]).astype(np.float32, copy=False)
+
+
+@njit(cache=True, nogil=True)
+def _stamp(weight, where, steps, values):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """Raise `weight` to `values` (m,) at the offsets `steps` (m, 3) from each voxel of `where` (n, 3)."""
+    ni, nj, nk = weight.shape
+    for n in range(where.shape[0]):
+        for m in range(steps.shape[0]):
+            i, j, k = where[n, 0] + steps[m, 0], where[n, 1] + steps[m, 1], where[n, 2] + steps[m, 2]
+            if 0 <= i < ni and 0 <= j < nj and 0 <= k < nk and values[m] > weight[i, j, k]:
+                weight[i, j, k] = values[m]
 
 
 @njit(cache=True, nogil=True)

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from synthlong.case import Case
+from synthlong.errors import InputError
 from synthlong.hole import corrupt, first_guess, grown_box, soft_hole
 from synthlong.lesions import LesionBank
 from synthlong.networks import UNet, UNetConfig, infer
-from synthlong.sampling import Sample, draw_orientation, draw_variation, vary
+from synthlong.sampling import MOST_DRAWS, Sample, draw_orientation, draw_variation, vary
 from synthlong.weights import read_weights
 
 __all__ = ["HealthySampler", "Inpainter", "heal"]
@@ -56,7 +57,7 @@ class Inpainter:
         return cls(network.to(device), sha256, precision, device)
 
     def fill(self, x: NDArray, mask: NDArray, *, seed: int = 0) -> NDArray[np.float32]:
-        """Return the image with its lesions replaced by tissue; away from them it stays bit for bit.
+        """Return the image with its lesions replaced by tissue; away from them it stays bit for bit, background too.
 
         Windows of 48^3 that hold lesions are filled one by one and blended where they overlap. The first guess
         is made on the whole image, so that large holes agree between windows.
@@ -67,7 +68,7 @@ class Inpainter:
             seed: Seed of the noise in the holes.
         """
         x = np.asarray(x, np.float32)
-        weight = soft_hole(mask)
+        weight = soft_hole(mask) * (x > 0)
         if not weight.any():
             return x.copy()
         guess = first_guess(x, weight, sweeps=200)
@@ -144,13 +145,13 @@ class HealthySampler:
     def draw(self, rng: np.random.Generator, *, side: int, varied: bool = True) -> Sample:
         """Draw one sample of `side`^3 voxels."""
         usable = self._usable(side)
-        while True:
+        for _ in range(MOST_DRAWS if usable else 0):
             n = usable[int(rng.integers(len(usable)))]
             flat, cumulative = self._places_of(n, side)
             centre = np.unravel_index(flat[np.searchsorted(cumulative, rng.random())], self.cases[n].shape)
             target, _ = crop(self.cases[n].flair, centre, side)
             mask = self._draw_mask(rng, side)
-            weight = soft_hole(mask & (target > 0))
+            weight = soft_hole(mask & (target > 0)) * (target > 0)
             hole = weight > 0.5
             if hole.sum() < 20 or (target[hole] > self._bright[n]).mean() > 0.02:
                 continue  # no tissue there, or hyperintense tissue without a label
@@ -160,6 +161,8 @@ class HealthySampler:
                 target = vary(target, draw_variation(rng))
             inputs = corrupt(target, weight, weight, seed=int(rng.integers(2**31)))
             return Sample(inputs, target[None], weight[None])
+        names = ", ".join(c.id for c in self.cases)
+        raise InputError(names, f"no lesion-free patches of {side}^3 voxels", "pass scans with fewer lesions")
 
     def _draw_mask(self, rng: np.random.Generator, side: int) -> NDArray[np.bool_]:
         mask = np.zeros((side,) * 3, bool)

@@ -6,9 +6,12 @@ they neither appear nor vanish, so those above a limit are split at their necks 
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from heapq import heapify, heappop, heappush
 from pathlib import Path
 from typing import Any
 
@@ -86,19 +89,35 @@ def _split_at_necks(whole: NDArray[np.bool_]) -> NDArray[np.int32]:
     seeds, n = ndimage.label(peak, _TOUCHING)
     if n < 2:
         return whole.astype(np.int32)
-    height = np.round(250 * (1 - depth / depth.max())).astype(np.uint8)
-    height[~padded] = 255
-    seeds = seeds.astype(np.int32)
-    seeds[~padded] = -1
-    parts = ndimage.watershed_ift(height, seeds, structure=_TOUCHING)[1:-1, 1:-1, 1:-1]
-    return np.where(whole, np.maximum(parts, 1), 0).astype(np.int32)
+    return _flood(seeds, depth)[1:-1, 1:-1, 1:-1]
+
+
+def _flood(seeds: NDArray[np.integer], depth: NDArray[np.float64]) -> NDArray[np.int32]:
+    """Grow seeds over all voxels of depth above 0 (none on a face of the array), the deepest first.
+
+    `scipy.ndimage.watershed_ift` will not do: it floods by differences of height, also from the background inwards.
+    """
+    steps = np.argwhere(_TOUCHING) - 1
+    strides = np.array([depth.shape[1] * depth.shape[2], depth.shape[2], 1])
+    offsets = [int(o) for o in steps @ strides if o]
+    parts, deep = seeds.ravel().tolist(), depth.ravel().tolist()
+    queue = [(-deep[at], at) for at in np.flatnonzero(seeds).tolist()]
+    heapify(queue)
+    while queue:
+        _, at = heappop(queue)
+        for offset in offsets:
+            near = at + offset
+            if deep[near] > 0 and not parts[near]:
+                parts[near] = parts[at]
+                heappush(queue, (-deep[near], near))
+    return np.array(parts, np.int32).reshape(seeds.shape)
 
 
 def core(mask: NDArray, fraction: float) -> NDArray[np.bool_]:
     """Return the inner part of one lesion that holds about `fraction` of its voxels.
 
     Voxels are taken from the deepest one outwards: by depth below the border, then by nearness to the deepest.
-    The part is connected; 0 gives no voxel, 1 the lesion itself.
+    The part is connected; 0 gives no voxel, 1 the lesion itself, anything between at least one voxel.
 
     Args:
         mask: The voxels of one lesion, shape `(I, J, K)`.
@@ -107,9 +126,9 @@ def core(mask: NDArray, fraction: float) -> NDArray[np.bool_]:
     mask = np.asarray(mask) != 0
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction must be in [0, 1], got {fraction}")
-    keep = round(fraction * int(mask.sum()))
-    if fraction == 1 or keep == 0:
-        return mask if fraction == 1 else np.zeros_like(mask)
+    if fraction in (0, 1) or not mask.any():
+        return mask.copy() if fraction == 1 else np.zeros_like(mask)
+    keep = max(round(fraction * int(mask.sum())), 1)
     depth = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1, 1:-1]
     where = np.argwhere(mask)
     deepest = where[np.argmax(depth[mask])]
@@ -201,11 +220,11 @@ def read_bank(path: Path | None = None) -> LesionBank:
     path = path or LesionBank.default_path()
     fields = ("extents", "centres_mm", "volumes_mm3", "bits", "ends")
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
             bank = LesionBank(**{name: stored[name] for name in fields})
-    except (OSError, ValueError, KeyError) as error:
+        bytes_of = -(-bank.extents.astype(np.int64).prod(axis=1) // 8)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(path, f"not a lesion bank ({type(error).__name__})", "build one anew") from error
-    bytes_of = -(-bank.extents.astype(np.int64).prod(axis=1) // 8)
     if not len(bank) or not np.array_equal(np.cumsum(bytes_of), bank.ends) or bank.ends[-1] != bank.bits.size:
         raise InputError(path, "the lesion bank's tables disagree", "build one anew")
     return bank

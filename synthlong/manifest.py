@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import os
 import re
 import warnings
@@ -52,6 +53,11 @@ class CaseFiles:
             prefer=prefer,
         )
 
+    def hashes(self) -> dict[str, str]:
+        """Return the SHA-256 of each file, by role, as `Case.sources` has them."""
+        paths = {role: getattr(self, role) for role in ("flair", "mask", *_OPTIONAL)}
+        return {r: hashlib.sha256(p.read_bytes()).hexdigest() for r, p in paths.items() if p is not None}
+
     @property
     def patient(self) -> str:
         """The subject without its session."""
@@ -62,8 +68,8 @@ def find_cases(source: str | Path) -> list[CaseFiles]:
     """List the cases of a manifest or a folder, sorted by id.
 
     Args:
-        source: CSV file with the columns `subject,flair,mask[,session,t1,brain,tissue]`, paths relative to it; or a
-            folder of `sub-ID[_ses-N]_space-MNI152_{FLAIR,desc-lesions_mask,...}.nii.gz`.
+        source: CSV file with columns `subject,flair,mask[,session,t1,brain,tissue]`, paths relative to it;
+            or a folder of `sub-ID[_ses-N]_space-MNI152_{FLAIR,desc-lesions_mask,...}.nii.gz`.
 
     Raises:
         InputError: No such place, missing columns, unsafe or repeated ids, paths that do not exist.
@@ -72,18 +78,20 @@ def find_cases(source: str | Path) -> list[CaseFiles]:
     if source.is_dir():
         found = list(_in_folder(source))
         if not found:
-            raise InputError(source, f"no *_{_SPACE}_FLAIR.nii.gz in it", "pass a manifest, or run `synthlong prepare`")
+            problem = f"no sub-*_{_SPACE}_FLAIR.nii.gz with its lesion mask in it"
+            raise InputError(source, problem, "pass a manifest, or run `synthlong prepare`")
     elif source.exists():
         found = list(_in_manifest(source))
         if not found:
             raise InputError(source, "the manifest lists no case", "add a row: subject,flair,mask")
     else:
         raise InputError(source, "no such file or folder", "pass a manifest (CSV) or a folder of cases")
-    seen: dict[str, str] = {}
+    seen: set[str] = set()
     for files in found:
-        twin = seen.setdefault(files.subject.casefold(), files.subject)
-        if twin is not files.subject:
-            raise InputError(source, f"subject '{files.subject}' appears twice", "give each case its own id, or a session")
+        if files.subject.casefold() in seen:
+            problem = f"subject '{files.subject}' appears twice (upper and lower case count as the same)"
+            raise InputError(source, problem, "give each case its own id, or a session")
+        seen.add(files.subject.casefold())
     return sorted(found, key=lambda f: f.subject)
 
 
@@ -93,13 +101,15 @@ def read_cases(source: str | Path, *, prefer: str | None = None) -> Iterator[Cas
         yield files.read(prefer=prefer)
 
 
-def _checked_id(source: Path, text: str) -> str:
-    subject = text.strip()
-    if not _ID.fullmatch(subject):
-        shown = ascii(subject[:40])
+def _checked_id(source: Path, text: str, *, prefix: str = "sub-", where: str = "") -> str:
+    """Return a subject or session without its prefix, if it can safely be part of a file name."""
+    name = text.strip()
+    name = name[len(prefix) :] if name.casefold().startswith(prefix) else name
+    if not _ID.fullmatch(name):
+        kind = "subject" if prefix == "sub-" else "session"
         way = "use 1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit"
-        raise InputError(source, f"unsafe subject id {shown}", way)
-    return subject.removeprefix("sub-") or subject
+        raise InputError(source, f"{where}unsafe {kind} id {text.strip()[:40]!a}", way)
+    return name
 
 
 def _in_manifest(path: Path) -> Iterator[CaseFiles]:
@@ -110,24 +120,32 @@ def _in_manifest(path: Path) -> Iterator[CaseFiles]:
             missing = [c for c in _COLUMNS if c not in columns]
             if missing:
                 problem = f"column{'s' * (len(missing) > 1)} missing: {', '.join(missing)}"
-                raise InputError(path, problem, "the first line must read subject,flair,mask[,t1,brain,tissue]")
-            unknown = [c for c in columns if c not in _KNOWN]
+                raise InputError(
+                    path, problem, "the first line must read subject,flair,mask[,t1,brain,tissue]"
+                )
+            if twice := {c for c in columns if c in _KNOWN and columns.count(c) > 1}:
+                raise InputError(path, f"columns named twice: {', '.join(sorted(twice))}", "keep one of each")
+            unknown = [c for c in columns if c and c not in _KNOWN]
             if unknown:
                 text = f"{short(path)}: columns not used: {', '.join(ascii(c)[1:-1] for c in unknown)}"
                 warnings.warn(text, InputWarning, stacklevel=4)
-            lines = [(rows.line_num, {(k or "").strip(): (v or "") for k, v in r.items() if k}) for r in rows]
+            lines = [(rows.line_num, {k.strip(): (v or "").strip() for k, v in r.items() if k}) for r in rows]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(path, f"not a readable CSV file ({type(error).__name__})", "save it as UTF-8 CSV") from error
+        problem = f"not a readable CSV file ({type(error).__name__})"
+        raise InputError(path, problem, "save it as UTF-8 CSV") from error
     for number, row in lines:
-        subject = _checked_id(path, row["subject"])
-        if row.get("session", "").strip():
-            subject += "_ses-" + _checked_id(path, row["session"]).removeprefix("ses-")
+        if not any(row.values()):
+            continue
+        where = f"line {number}: "
+        subject = _checked_id(path, row["subject"], where=where)
+        if row.get("session"):
+            subject += "_ses-" + _checked_id(path, row["session"], prefix="ses-", where=where)
         files: dict[str, Path] = {}
         for role in ("flair", "mask", *_OPTIONAL):
-            text = row.get(role, "").strip()
+            text = row.get(role, "")
             if not text:
                 if role in _COLUMNS:
-                    raise InputError(path, f"line {number}: '{role}' is empty", "fill it in, or remove the line")
+                    raise InputError(path, f"{where}'{role}' is empty", "fill it in, or remove the line")
                 continue
             files[role] = path.parent / text
             if not os.path.lexists(files[role]):
@@ -138,16 +156,20 @@ def _in_manifest(path: Path) -> Iterator[CaseFiles]:
 
 def _in_folder(folder: Path) -> Iterator[CaseFiles]:
     def of(stem: str, suffix: str) -> Path | None:
-        found = [p for p in (folder / f"{stem}_{_SPACE}_{suffix}{e}" for e in (".nii.gz", ".nii")) if p.exists()]
-        return found[0] if found else None
+        names = [f"{stem}_{_SPACE}_{suffix}{ending}" for ending in (".nii.gz", ".nii")]
+        return next((folder / name for name in names if (folder / name).exists()), None)
 
     stems = {p.name.split(f"_{_SPACE}_")[0] for p in folder.iterdir() if f"_{_SPACE}_" in p.name}
     for stem in sorted(stems):
         if not stem.startswith("sub-"):
+            if not stem.startswith("."):
+                text = f"{short(folder)}: {ascii(stem)[1:-1]} is skipped, its name does not start with 'sub-'"
+                warnings.warn(text, InputWarning, stacklevel=4)
             continue
         files = {role: of(stem, suffix) for role, suffix in _SUFFIXES.items()}
         if files["flair"] is None or files["mask"] is None:
             lacking = "its FLAIR" if files["flair"] is None else "its lesion mask"
-            warnings.warn(f"{short(folder)}: {stem} is skipped, {lacking} is missing", InputWarning, stacklevel=4)
+            text = f"{short(folder)}: {ascii(stem)[1:-1]} is skipped, {lacking} is missing"
+            warnings.warn(text, InputWarning, stacklevel=4)
             continue
         yield CaseFiles(_checked_id(folder, stem), **files)  # type: ignore[arg-type]

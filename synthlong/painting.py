@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synthlong.case import Case
+from synthlong.errors import InputError
 from synthlong.hole import corrupt, soft_hole
 from synthlong.inpainting import crop
 from synthlong.lesions import find_lesions
 from synthlong.networks import UNet, UNetConfig, infer
-from synthlong.sampling import Sample, draw_orientation, draw_variation, vary
+from synthlong.sampling import MOST_DRAWS, Sample, draw_orientation, draw_variation, vary
 from synthlong.weights import read_weights
 
 __all__ = ["LesionPainter", "LesionSampler"]
@@ -80,7 +81,7 @@ class LesionSampler:
 
     def draw(self, rng: np.random.Generator, *, side: int, varied: bool = True) -> Sample:
         """Draw one sample of `side`^3 voxels: a lesion by the cube root of its volume, a voxel of it, the patch around."""
-        while True:
+        for _ in range(MOST_DRAWS if self._usable else 0):
             n = self._usable[int(rng.integers(len(self._usable)))]
             pull = np.cbrt(self._lesions[n].volumes_mm3)
             voxels = self._voxels[n][int(np.searchsorted(np.cumsum(pull) / pull.sum(), rng.random()))]
@@ -97,3 +98,5 @@ class LesionSampler:
                 continue  # almost nothing but lesion
             inputs = corrupt(target, weight, mask, seed=int(rng.integers(2**31)))
             return Sample(inputs, target[None], weight[None])
+        names = ", ".join(c.id for c in self.cases)
+        raise InputError(names, f"no lesions to learn from in patches of {side}^3 voxels", "pass scans with lesions")

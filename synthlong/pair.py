@@ -14,15 +14,15 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from synthlong.case import Case
 from synthlong.errors import ConfigError, InputError
-from synthlong.hole import REACH, grown_box, soft_hole
+from synthlong.hole import REACH, faded, soft_hole
 from synthlong.inpainting import crop
 from synthlong.lesions import LesionBank, LesionMap, core, read_bank
 from synthlong.placement import allowed_of, site_mask
 from synthlong.recipe import LesionEvent, Orientation, Recipe, lesions_of
+from synthlong.tissue import GRAY
 
 __all__ = ["Pair", "Painter", "render"]
 
@@ -131,10 +131,9 @@ class _Scene:
     """The part of both visits that lies in a region of the case's grid."""
 
     def __init__(self, case: Case, region: tuple[slice, ...]) -> None:
-        assert case.healthy is not None
         self.case, self.region = case, region
         shape = tuple(r.stop - r.start for r in region)
-        self.visits = [np.array(case.healthy[region], np.float32) for _ in range(2)]
+        self.visits = [np.array(case.flair[region], np.float32) for _ in range(2)]
         self.lesions = [np.zeros(shape, bool) for _ in range(2)]
         self.evolution = np.zeros(shape, np.uint8)
 
@@ -150,15 +149,18 @@ class _Scene:
         code[before & ~after] = VANISHED if event.kind == "vanished" else SHRUNK
 
     def put_back_real(self, lesions: LesionMap, events: tuple[LesionEvent, ...]) -> None:
-        """Restore the real lesions that each visit has from the scan's own voxels."""
+        """Give each visit the real lesions that it has: the scan's own voxels there, the healthy ones elsewhere."""
         case = self.case
+        real = {e.lesion: e for e in events if e.source == "real"}
+        if real.keys() != set(range(1, len(lesions) + 1)):
+            problem = f"it has {len(lesions)} lesions, the recipe speaks of {len(real)}"
+            raise InputError(case.id, problem, "render the scan and mask that the recipe was drawn from")
         wide = tuple(
             slice(max(r.start - _PAD, 0), min(r.stop + _PAD, n)) for r, n in zip(self.region, case.shape, strict=True)
         )
         labels = lesions.labels[wide]
         if not labels.any():
             return
-        real = {e.lesion: e for e in events if e.source == "real"}
         present = [labels > 0, labels > 0]
         for number in np.unique(labels[labels > 0]):
             event, box = real[int(number)], lesions.boxes[int(number) - 1]
@@ -173,17 +175,23 @@ class _Scene:
                 self._record(extents[0], extents[1], event, meet)
         within = tuple(slice(r.start - w.start, r.stop - w.start) for r, w in zip(self.region, wide, strict=True))
         hole = soft_hole(labels > 0)[within]
-        change = (case.healthy[self.region] - case.flair[self.region]) * (hole > 0)  # type: ignore[index]
+        healthy = case.healthy[self.region]  # type: ignore[index]
         for visit, kept in zip(self.visits, present, strict=True):
-            removed = soft_hole((labels > 0) & ~kept) * (1 - _protection(kept))
-            share = removed[within] / np.maximum(hole, 1e-6)
-            visit[...] = case.flair[self.region] + change * np.minimum(share, 1).astype(np.float32)
+            removed = (labels > 0) & ~kept
+            if removed.any():  # a neighbour that is removed does not eat into a lesion that stays
+                weight = soft_hole(removed) * (1 - faded(kept, full=0, zero=_PROTECTED))
+                share = weight[within] / np.maximum(hole, 1e-6)
+                visit[...] = np.where(share == 1, healthy, visit + share * (healthy - visit))
 
     def add_synthetic(
         self, event: LesionEvent, allowed: NDArray[np.bool_], painter: Painter | None, bank: LesionBank
     ) -> None:
         """Paint a synthetic lesion where it meets the region."""
         assert event.site is not None
+        assert event.seed is not None
+        widest = int(bank.extents[event.site.shape].max()) + REACH
+        if not _meet(tuple(slice(c - widest, c + widest) for c in event.site.centre), self.region):
+            return
         mask, box = site_mask(event.site, bank, allowed)
         reach = tuple(slice(b.start - REACH, b.stop + REACH) for b in box)
         if not _meet(reach, self.region):
@@ -192,25 +200,30 @@ class _Scene:
         at = _meet(box, self.region)
         if at:
             self._record(extents[0], extents[1], event, at)
-        painted: dict[float, NDArray[np.float32]] = {}
         side = next((c for c in _CONTEXTS if max(mask.shape) + 2 * _CONTEXT_MARGIN <= c), max(mask.shape) + 16)
         centre = tuple((b.start + b.stop) // 2 for b in box)
         context, start = crop(self.case.healthy, centre, side)  # type: ignore[arg-type]
-        frame = tuple(slice(s, s + side) for s in start)
+        matter, _ = crop(self.case.tissue, centre, side)
+        meet = _meet(tuple(slice(s, s + side) for s in start), self.region)
         inside = tuple(slice(b.start - s, b.stop - s) for b, s in zip(box, start, strict=True))
-        for visit, share, extent in zip(self.visits, (event.at_baseline, event.at_followup), extents, strict=True):
-            if not share:
-                continue
-            whole = np.zeros(context.shape, bool)
+        wholes = [np.zeros(context.shape, bool) for _ in extents]
+        for whole, extent in zip(wholes, extents, strict=True):
             whole[inside] = extent
-            if share not in painted:
-                assert event.seed is not None
-                painted[share] = (painter or _shipped_painter()).paint(context, whole, seed=event.seed)
-            near = np.zeros(context.shape, bool)
-            grown = grown_box(whole, REACH)
-            near[grown] = True
-            mine, theirs = _meet(frame, self.region) or ((), ())
-            visit[mine] = np.where(near[theirs], painted[share][theirs], visit[mine])
+        if not meet or not (wholes[0] | wholes[1]).any():
+            return
+        mine, theirs = meet
+        painter = painter or _shipped_painter()
+        large = max(wholes, key=np.count_nonzero)
+        near = (soft_hole(large) > 0) & (matter >= GRAY)  # a lesion ends where CSF begins
+        painted = painter.paint(context, large, seed=event.seed)
+        for visit, whole in zip(self.visits, wholes, strict=True):
+            if not whole.any():
+                continue
+            shown = painted
+            lost = large & ~whole
+            if lost.any():  # painted anew near its smaller border only: farther inside both visits are equal
+                shown = painted + soft_hole(lost) * (painter.paint(context, whole, seed=event.seed) - painted)
+            visit[mine] = np.where(near[theirs], shown[theirs], visit[mine])
 
 
 _At = tuple[tuple[slice, ...], tuple[slice, ...]]
@@ -224,14 +237,6 @@ def _meet(box: tuple[slice, ...], region: tuple[slice, ...]) -> _At | None:
     mine = tuple(slice(s.start - r.start, s.stop - r.start) for s, r in zip(both, region, strict=True))
     theirs = tuple(slice(s.start - b.start, s.stop - b.start) for s, b in zip(both, box, strict=True))
     return mine, theirs
-
-
-def _protection(kept: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Return 1 on lesions that stay, falling to 0 within 1.5 voxels: a removed neighbour does not eat into them."""
-    if not kept.any():
-        return np.zeros(kept.shape, np.float32)
-    x = np.clip(1 - ndimage.distance_transform_edt(~kept) / _PROTECTED, 0, 1)
-    return (x * x * (3 - 2 * x)).astype(np.float32)
 
 
 @lru_cache(maxsize=1)

@@ -66,7 +66,7 @@ class SynthesisConfig:
     """
 
     box: int = 64
-    with_new_lesions: float = 0.6
+    with_new_lesions: float = 0.55
     around_events: float = 0.75
     new_mean: float = 3.0
     new_max: int = 30
@@ -93,7 +93,9 @@ class SynthesisConfig:
     compression: Literal["blosc-lz4", "none"] = "blosc-lz4"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "core_share", tuple(float(v) for v in self.core_share))
+        for option in fields(self):
+            value = _plain(option.name, getattr(self, option.name), option.default)
+            object.__setattr__(self, option.name, value)
         shares = ("with_new_lesions", "around_events", "real_share", "removed_share", "gray_matter")
         means = ("vanished_mean", "enlarging_mean", "shrinking_mean", "stable_mean")
         _check(self, shares, lambda v: 0 <= v <= 1, "in [0, 1]")
@@ -136,18 +138,13 @@ class SynthesisConfig:
     def from_dict(cls, values: dict[str, Any]) -> SynthesisConfig:
         """Build a config from plain values, refusing unknown keys and wrong types."""
         known = {f.name: f for f in fields(cls)}
-        for key, value in values.items():
+        for key in values:
             if key not in known:
                 import difflib
 
                 near = difflib.get_close_matches(key, known, 1)
                 hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
                 raise ConfigError(f"unknown option {ascii(key)}; {hint}")
-            default = known[key].default
-            kind: tuple[type, ...] = (str, type(None)) if default is None else (type(default),)
-            kind = {float: (float, int), tuple: (list, tuple)}.get(kind[0], kind)
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise ConfigError(f"{key} = {ascii(value)}: must be a {kind[0].__name__}")
         return cls(**values)
 
     def as_dict(self) -> dict[str, Any]:
@@ -156,12 +153,33 @@ class SynthesisConfig:
         return {**values, "core_share": list(self.core_share)}
 
 
+def _plain(name: str, value: Any, default: Any) -> Any:
+    """Return a value in the type of its option's default, so that equal configs have equal JSON."""
+
+    def number(v: Any) -> float:
+        if isinstance(v, bool) or not isinstance(v, (int, float)):
+            raise TypeError
+        return float(v)
+
+    kinds = {float: "a number", int: "a whole number", tuple: "a list of numbers"}
+    try:
+        if isinstance(default, float):
+            return number(value)
+        if isinstance(default, tuple) and isinstance(value, (list, tuple)):
+            return tuple(number(v) for v in value)
+        wanted = (str, type(None)) if default is None else type(default)
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            raise TypeError
+    except (TypeError, OverflowError):
+        raise ConfigError(f"{name} = {ascii(value)}: must be {kinds.get(type(default), 'text')}") from None
+    return value
+
+
 def _check(config: SynthesisConfig, names: tuple[str, ...], good: Callable[[Any], bool], range_: str) -> None:
     for name in names:
         value = getattr(config, name)
-        numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if (numeric and not np.isfinite(value)) or not good(value):
-            raise ConfigError(f"{name} = {value!r}: must be {range_}")
+        if not good(value):
+            raise ConfigError(f"{name} = {ascii(value)}: must be {range_}")
 
 
 @dataclass(frozen=True)

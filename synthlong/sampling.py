@@ -13,7 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-__all__ = ["Sample", "Variation", "draw_orientation", "draw_variation", "vary"]
+__all__ = ["MOST_DRAWS", "Sample", "Variation", "draw_orientation", "draw_variation", "vary"]
+
+
+MOST_DRAWS = 2000
+"""Patches that a sampler draws in vain before it gives up."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from synthlong.atlas import mni_affine, sample_map, tissue_maps
 
-__all__ = ["CSF", "GRAY", "WHITE", "classify_tissue", "fitted_tissue_maps"]
+__all__ = ["CSF", "GRAY", "WHITE", "classify_tissue", "fitted_tissue_maps", "is_whole"]
 
 CSF, GRAY, WHITE = 1, 2, 3
 
@@ -22,11 +22,19 @@ _ITERATIONS = 25
 _EVERY = 10
 
 
-def fitted_tissue_maps(brain: NDArray[np.bool_], affine: NDArray[np.float64]) -> tuple[NDArray[np.float32], ...]:
+def is_whole(brain: NDArray[np.bool_]) -> bool:
+    """Return whether no brain voxel lies on the border of the grid, so that nothing is cut off."""
+    return not any(np.take(brain, side, axis=axis).any() for axis in range(3) for side in (0, -1))
+
+
+def fitted_tissue_maps(
+    brain: NDArray[np.bool_], affine: NDArray[np.float64]
+) -> tuple[NDArray[np.float32], ...]:
     """Return the ICBM maps of CSF, gray and white matter on a scan's grid, scaled to the scan's brain.
 
-    Scans that were registered rigidly keep their own size, 10 to 20 % a side off the template. Where a whole brain is
-    more than 10 % off in volume, the maps are shifted and scaled, axis by axis, to its mean and SD of coordinates.
+    Scans that were registered rigidly keep their own size, 10 to 20 % a side off the template. Where a whole
+    brain is more than 10 % off in volume, the maps are shifted and scaled, axis by axis, to the mean and SD
+    of its coordinates.
 
     Args:
         brain: Brain voxels, shape `(I, J, K)`.
@@ -34,8 +42,7 @@ def fitted_tissue_maps(brain: NDArray[np.bool_], affine: NDArray[np.float64]) ->
     """
     maps = tissue_maps()
     home = mni_affine()
-    whole = not any(np.take(brain, side, axis=axis).any() for axis in range(3) for side in (0, -1))
-    if whole:
+    if is_whole(brain):
         own = np.argwhere(brain[::2, ::2, ::2]) * 2.0 + affine[:3, 3]
         usual = np.argwhere((maps[1] + maps[2] > 0.5)[::2, ::2, ::2]) * 2.0 + home[:3, 3]
         scale = own.std(axis=0) / usual.std(axis=0)
@@ -78,7 +85,7 @@ def classify_tissue(
         mean[0] = min(mean[0], 0.75 * mean[1:].min())  # CSF is dark in FLAIR, whatever the maps say
     belief = prior * _likelihood(x, mean, sd)
     is_csf = belief[0] > belief[1:].max(axis=0)
-    # gray or white: beyond the two means (partial volume, unlabelled lesions) intensity says no more than at them
+    # beyond gray's and white's means (partial volume, unlabelled lesions) intensity says no more than at them
     between = np.clip(x, mean[1:].min(), mean[1:].max())
     matter = (usual[1:] + _MATTER_FLOOR) * _likelihood(between, mean, sd)[1:]
     labels = np.zeros(flair.shape, np.uint8)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from synthlong.dataset.run import BUNDLED, asset_hashes, bundled_cases, read_run, synthesis_of
+from synthlong.dataset.plan import asset_hashes, read_plan, source_of
+from synthlong.dataset.run import synthesis_of
 from synthlong.dataset.shards import IMAGES, VOLUMES, ShardDataset
 from synthlong.errors import ConfigError, InputError, InputWarning, SynthlongError
 from synthlong.inpainting import heal
@@ -41,7 +42,7 @@ def replay(
     Raises:
         InputError: The scans or the weights are not those of the run, or the pair comes out different.
     """
-    plan = read_run(run)
+    plan = read_plan(run)
     dataset = ShardDataset(run)
     if not 0 <= number < len(dataset):
         raise ConfigError(f"{run.name} has pairs 0..{len(dataset) - 1}, not {number}")
@@ -49,8 +50,7 @@ def replay(
     recipe = Recipe.from_json(stored["recipe"])
     drawn = SynthesisConfig.from_dict({k: v for k, v in plan["config"].items() if v is not None})
     config = replace(config, precision=drawn.precision, device=drawn.device) if config else drawn
-    if source is None:
-        source = _source_of(run, plan)
+    source = source or source_of(run, plan)
     files = {f.subject: f for f in find_cases(source)}.get(recipe.case_id)
     if files is None:
         raise InputError(source, f"case '{recipe.case_id}' is not in it", "name the run's cases with --cases")
@@ -73,15 +73,6 @@ def replay(
         return render(healed, recipe, painter=painter, bank=bank, whole=True) if whole else pair
     finally:
         torch.set_num_threads(threads)
-
-
-def _source_of(run: Path, plan: dict[str, Any]) -> Path:
-    if plan["source"] == BUNDLED:
-        return bundled_cases()
-    path = run / plan["source"] if plan["source"] else None
-    if path is None or not path.exists():
-        raise InputError(run, "the run's cases are not where they were", "name them with --cases")
-    return path
 
 
 def _compare(pair: Pair, stored: dict[str, Any], run: Path, number: int, plan: dict[str, Any]) -> None:

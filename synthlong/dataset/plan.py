@@ -1,0 +1,225 @@
+"""The plan of a run: what it will make, fixed before work starts and kept in `run.json`.
+
+Sources, seed, config, assets, versions and machine decide every byte of the shards; the run's id is the hash of
+them all. A folder holds one run: another plan in it is refused, key by key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import synthlong
+from synthlong.atlas import prior_path
+from synthlong.dataset.shards import canonical_json, publish
+from synthlong.errors import ConfigError, InputError, OutputError
+from synthlong.inpainting import Inpainter
+from synthlong.lesions import LesionBank
+from synthlong.painting import LesionPainter
+from synthlong.recipe import SynthesisConfig
+
+__all__ = [
+    "adopt_plan",
+    "asset_hashes",
+    "bundled_cases",
+    "make_folder",
+    "make_plan",
+    "read_plan",
+    "shard_config",
+    "source_of",
+]
+
+SCHEMA = "synthlong-run/1"
+_BUNDLED = "bundled"
+_NOT_DECISIVE = ("run_id", "source")
+
+
+def make_plan(
+    source: Path,
+    out: Path,
+    *,
+    cases: list[dict[str, Any]],
+    pairs: int,
+    seed: int,
+    shard_size: int,
+    config: SynthesisConfig,
+    assets: dict[str, str],
+) -> dict[str, Any]:
+    """Return the plan as plain JSON.
+
+    Args:
+        source: Manifest or folder of the cases; kept relative to `out`.
+        out: Folder of the run.
+        cases: `{subject, patient, sources}` of each usable case, sorted by subject.
+        pairs: Number of pairs.
+        seed: Seed of every draw.
+        shard_size: Pairs in a shard.
+        config: How pairs are drawn, "auto" resolved.
+        assets: Result of `asset_hashes`.
+    """
+    plain = config.as_dict() | dict.fromkeys(assets)  # their hashes stand under "assets"
+    libraries = ("torch", "numpy", "scipy", "numba", "h5py", "hdf5plugin")
+    plan: dict[str, Any] = {
+        "schema": SCHEMA,
+        "seed": seed,
+        "pairs": pairs,
+        "shard_size": shard_size,
+        "config": plain,
+        "config_sha256": hashlib.sha256(canonical_json(plain).encode()).hexdigest(),
+        "assets": assets,
+        "cases": cases,
+        "versions": {"synthlong": synthlong.__version__, **{name: version(name) for name in libraries}},
+        "machine": {"cpu": torch.backends.cpu.get_cpu_capability(), "device": config.device},
+    }
+    return {**plan, "run_id": _run_id(plan), "source": _relative(source, out)}
+
+
+def read_plan(out: Path) -> dict[str, Any]:
+    """Return `run.json`.
+
+    Raises:
+        InputError: There is none, or it is damaged.
+    """
+    try:
+        plan = json.loads((out / "run.json").read_bytes())
+        if plan["run_id"] != _run_id(plan) or plan["schema"] != SCHEMA:
+            raise ValueError("not what its id says")
+    except FileNotFoundError:
+        raise InputError(out, "no run.json in it", "give a folder that `synthlong generate` wrote") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(out / "run.json", "is damaged", "restore it, or generate the run anew") from error
+    return plan
+
+
+def adopt_plan(out: Path, plan: dict[str, Any]) -> None:
+    """Write `run.json`, or check that the folder's run is this one.
+
+    Raises:
+        ConfigError: The folder holds another run; the message lists what differs.
+    """
+    if not (out / "run.json").exists():
+        publish(out / "run.json", canonical_json(plan).encode())
+        return
+    old = read_plan(out)
+    if old["run_id"] == plan["run_id"]:
+        return
+    before, after = _flat(old), _flat(plan)
+    keys = sorted({*before, *after} - {"run_id", "source", "config_sha256"})
+    changed = [
+        f"{key}: {_shown(before.get(key))} -> {_shown(after.get(key))}"
+        for key in keys
+        if before.get(key) != after.get(key)
+    ]
+    raise ConfigError(f"{out.name}: holds another run ({'; '.join(changed)}); use another folder")
+
+
+def shard_config(plan: dict[str, Any]) -> dict[str, Any]:
+    """Return what each shard's attribute `config` holds: how its pairs were drawn, no path in it."""
+    return {"synthesis": plan["config"], "assets": plan["assets"], "seed": plan["seed"], "run_id": plan["run_id"]}
+
+
+def asset_hashes(config: SynthesisConfig) -> dict[str, str]:
+    """Return the SHA-256 of prior, lesion bank and weights that a config names.
+
+    Raises:
+        InputError: One of them cannot be read.
+    """
+    paths = {
+        "prior": Path(config.prior) if config.prior else prior_path(),
+        "lesion_bank": Path(config.lesion_bank) if config.lesion_bank else LesionBank.default_path(),
+        "inpainter": Path(config.inpainter) if config.inpainter else Inpainter.default_path(),
+        "generator": Path(config.generator) if config.generator else LesionPainter.default_path(),
+    }
+    sums = {}
+    for name, path in paths.items():
+        try:
+            sums[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError as error:
+            way = f"correct '{name}' in the config"
+            raise InputError(path, f"{name} cannot be read ({error.strerror})", way) from error
+    return sums
+
+
+def bundled_cases() -> Path:
+    """Return the manifest of the cases that come with the package."""
+    return Path(synthlong.__file__).parent / "assets" / "cases" / "cases.csv"
+
+
+def source_of(out: Path, plan: dict[str, Any]) -> Path:
+    """Return the manifest or folder that a run took its cases from.
+
+    Raises:
+        InputError: It is not where it was, or the run does not say where.
+    """
+    if plan["source"] == _BUNDLED:
+        return bundled_cases()
+    path = out / plan["source"] if plan["source"] else None
+    if path is None or not path.exists():
+        raise InputError(out, "the run's cases are not where they were", "name them with --cases")
+    return path
+
+
+def make_folder(out: Path, *, need_mb: float) -> None:
+    """Make a run's folder, or refuse before any work is done.
+
+    Raises:
+        ConfigError: It holds files but no run.
+        OutputError: It cannot be written, or the disk is too full.
+    """
+    if out.exists() and not out.is_dir():
+        raise OutputError(out, "is not a folder", "name a folder for the run")
+    if out.exists() and not (out / "run.json").exists():
+        foreign = [p.name for p in out.iterdir() if p.name != "work"]
+        if foreign:
+            problem = f"the folder is not empty and holds no run (first: {ascii(min(foreign))})"
+            raise ConfigError(f"{out.name}: {problem}; name a new or empty folder")
+    try:
+        (out / "work").mkdir(parents=True, exist_ok=True)
+        probe = out / "work" / ".probe"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        way = "choose a folder you may write to"
+        raise OutputError(out, f"cannot be written ({error.strerror})", way) from error
+    free_mb = shutil.disk_usage(out).free / 1e6
+    if free_mb < need_mb:
+        shutil.rmtree(out / "work", ignore_errors=True)
+        problem = f"too little space: the run needs about {need_mb:.0f} MB, {free_mb:.0f} MB are free"
+        raise OutputError(out, problem, "free some, or choose another disk")
+
+
+def _run_id(plan: dict[str, Any]) -> str:
+    decisive = {k: v for k, v in plan.items() if k not in _NOT_DECISIVE}
+    return hashlib.sha256(canonical_json(decisive).encode()).hexdigest()[:16]
+
+
+def _relative(source: Path, out: Path) -> str | None:
+    """Return where the cases lie, seen from `out`; None where that would climb far and tell of the machine."""
+    if source.resolve() == bundled_cases().resolve():
+        return _BUNDLED
+    path = os.path.relpath(source.resolve(), out.resolve())
+    return path if path.count("..") <= 2 and not os.path.isabs(path) else None
+
+
+def _flat(plan: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in plan.items():
+        if key == "cases":
+            value = {case["subject"]: case["sources"] for case in value}
+        if isinstance(value, dict):
+            result |= _flat(value, f"{prefix}{key}.")
+        else:
+            result[prefix + key] = value
+    return result
+
+
+def _shown(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 24 else text[:12] + "..."

@@ -1,0 +1,374 @@
+"""What a person looks at: one HTML page about a finished run, with pictures, and nothing outside it.
+
+Pictures are PNGs inside the page, plots inline SVG, no scripts. The same run gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import struct
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from synthlong.atlas import lesion_prior
+from synthlong.dataset.plan import read_plan
+from synthlong.dataset.shards import ShardDataset, publish, read_index
+from synthlong.errors import ConfigError
+from synthlong.recipe import LesionEvent, Recipe
+
+__all__ = ["write_report"]
+
+_STABLE, _NEW, _VANISHED, _ENLARGED, _SHRUNK = 1, 2, 3, 4, 5  # codes of `evolution`
+_KINDS = {_NEW: "new", _VANISHED: "vanished", _ENLARGED: "enlarging", _SHRUNK: "shrinking"}
+_COLOURS = {
+    _STABLE: "#57b894",
+    _NEW: "#ff4f4f",
+    _VANISHED: "#4aa3ff",
+    _ENLARGED: "#ffb020",
+    _SHRUNK: "#b97bff",
+}
+_SOURCES = {"real": "#8a94a3", "synthetic": "#e2632b"}
+_PLANES = ("sagittal", "coronal", "axial")
+_GRAY_TOP, _DIFFERENCE_TOP = 2.0, 0.5
+_PICTURE = 256
+_AROUND = np.ones((3, 3, 3), bool)
+_DIVERGING = np.array(
+    [[176, 232, 255], [28, 112, 226], [24, 24, 29], [228, 92, 32], [255, 226, 138]], np.float64
+)
+
+Picture = NDArray[np.uint8]
+Recipes = Sequence[Recipe]
+
+
+def write_report(out: Path, page: Path, *, samples: int = 12, title: str = "Synthetic pairs") -> None:
+    """Write one self-contained HTML page about a finished run.
+
+    Reads every recipe and `evolution` mask once, and the images of the pairs it shows.
+
+    Args:
+        out: Folder with a complete run.
+        page: HTML file to write.
+        samples: Pairs to show, 1 or more: about two thirds with new lesions in the box, spread evenly over
+            the run, then other changes, then pairs without any.
+        title: Heading of the page.
+
+    Raises:
+        InputError: The run is not finished or damaged.
+        ConfigError: `samples` is below 1.
+        OutputError: The page cannot be written.
+    """
+    if samples < 1:
+        raise ConfigError(f"samples must be 1 or more, not {samples}")
+    index = read_index(out)
+    names = [(s["index"], s["subject"]) for shard in index["shards"] for s in shard["samples"]]
+    recipes, codes = [], np.zeros((len(names), 6), np.int64)
+    masks = ShardDataset(out, keys=("evolution", "recipe"))
+    for row, sample in enumerate(masks[k] for k in range(len(masks))):
+        recipes.append(Recipe.from_json(sample["recipe"]))
+        codes[row] = np.bincount(sample["evolution"].numpy().ravel(), minlength=6)
+    images = ShardDataset(out, keys=("baseline", "followup", "evolution"))
+    pairs = [
+        _pair(*names[row], recipes[row], **{key: volume.numpy()[0] for key, volume in images[row].items()})
+        for row in _chosen(codes, samples)
+    ]
+    body = [_head(out, index, recipes, codes), _legend(), *pairs, _volumes(recipes), _placements(recipes)]
+    text = _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(body))
+    publish(Path(page), text.encode())
+
+
+def _chosen(codes: NDArray[np.int64], samples: int) -> list[int]:
+    """Return the rows to show; `codes` counts each row's voxels of each code of `evolution`."""
+    new, changed = codes[:, _NEW] > 0, (codes[:, _VANISHED:] > 0).any(axis=1)
+    groups = [np.flatnonzero(group) for group in (new, ~new & changed, ~new & ~changed)]
+    shares = [samples - 2 * (samples // 6), samples // 6, samples // 6]
+    counts = [min(len(g), share) for g, share in zip(groups, shares, strict=True)]
+    for k, group in enumerate(groups):  # what one group lacks, the others give
+        counts[k] += min(len(group) - counts[k], samples - sum(counts))
+    spread = [np.linspace(0, len(g) - 1, n).round().astype(int) for g, n in zip(groups, counts, strict=True)]
+    return [int(row) for group, at in zip(groups, spread, strict=True) for row in group[at]]
+
+
+# What is in a box
+
+
+def _seat(event: LesionEvent, recipe: Recipe) -> tuple[int, ...] | None:
+    """Return the voxel of the turned box where a synthetic lesion's centre lies, None outside it."""
+    if event.site is None:
+        return None
+    own = [c - s for c, s in zip(event.site.centre, recipe.box.start, strict=True)]
+    last = recipe.box.size - 1
+    if not all(0 <= c <= last for c in own):
+        return None
+    turn = recipe.orientation
+    return tuple(last - own[a] if flip else own[a] for a, flip in zip(turn.axes, turn.flips, strict=True))
+
+
+def _changes(recipe: Recipe, evolution: Picture) -> list[tuple[int, str]]:
+    """Return code and description of the box's changing lesions: connected parts, matched with events."""
+    found = []
+    for code, kind in _KINDS.items():
+        changed = evolution == code
+        events = [e for e in recipe.events if e.kind == kind]
+        parts, n = ndimage.label(changed | (evolution == _STABLE) & (code in (_ENLARGED, _SHRUNK)), _AROUND)
+        sizes = np.bincount(parts[changed], minlength=n + 1)
+        seats = {parts[seat]: e for e in events if (seat := _seat(e, recipe))}
+        for part in sorted(np.flatnonzero(sizes), key=lambda p: -sizes[p]):
+            equal = (e for e in events if e.lesion and abs(e.voxels[1] - e.voxels[0]) == sizes[part])
+            event = seats.get(part) or next(equal, None)
+            text = f"{kind}, {sizes[part]} mm³ in the box"
+            if event:
+                extent = " → ".join(f"{v}" for v in event.voxels if v)
+                text = f"{kind}, {extent} mm³, {event.source}"
+                if sizes[part] < abs(event.voxels[1] - event.voxels[0]):
+                    text += f" ({sizes[part]} in the box)"
+            elif len(sources := {e.source for e in events}) == 1:
+                text += f", {sources.pop()}"
+            found.append((code, text))
+    return found
+
+
+# Pictures
+
+
+def _png(pixels: Picture) -> str:
+    """Return gray `(rows, columns)` or colour `(rows, columns, 3)` pixels as a PNG in a data URI."""
+    rows, columns = pixels.shape[:2]
+    flat = pixels.reshape(rows, -1)
+    above = np.vstack([np.zeros_like(flat[:1]), flat[:-1]])
+    filtered = np.hstack([np.full((rows, 1), 2, np.uint8), flat - above])  # filter 2: minus the pixel above
+    head = struct.pack(">IIBBBBB", columns, rows, 8, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
+    chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(filtered.tobytes(), 9)), (b"IEND", b""))
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks
+    )
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def _upright(plane: NDArray) -> NDArray:
+    """Return a slice as rows and columns: its first axis to the right, its second one upwards."""
+    return plane.swapaxes(0, 1)[::-1]
+
+
+def _gray(plane: NDArray) -> Picture:
+    return np.rint(np.clip(plane / _GRAY_TOP, 0, 1) * 255).astype(np.uint8)
+
+
+def _diverging(plane: NDArray) -> Picture:
+    at, stops = np.clip(plane / _DIFFERENCE_TOP, -1, 1), np.linspace(-1, 1, len(_DIVERGING))
+    return np.stack([np.rint(np.interp(at, stops, c)) for c in _DIVERGING.T], axis=-1).astype(np.uint8)
+
+
+def _outlined(gray: Picture, evolution: Picture) -> Picture:
+    """Return a gray picture in colour with a line just outside each kind of lesion, new ones on top."""
+    colour = np.repeat(gray[..., None], 3, axis=2)
+    for code in (_STABLE, _SHRUNK, _ENLARGED, _VANISHED, _NEW):
+        mask = evolution == code
+        edge = ndimage.binary_dilation(mask, _AROUND[0]) & ~ndimage.binary_erosion(mask, border_value=1)
+        colour[edge] = np.frombuffer(bytes.fromhex(_COLOURS[code][1:]), np.uint8)
+    return colour
+
+
+def _panels(baseline: NDArray, followup: NDArray, evolution: Picture, *, alt: str) -> str:
+    """Return the four pictures of one slice, each voxel a square of whole pixels."""
+    zoom = np.ones((max(1, _PICTURE // len(baseline)),) * 2, np.uint8)
+    gray, codes = np.kron(_gray(followup), zoom), np.kron(evolution, zoom)
+    pictures = {
+        "baseline": np.kron(_gray(baseline), zoom),
+        "follow-up": gray,
+        "difference": np.kron(_diverging(followup - baseline), zoom[..., None]),
+        "follow-up, outlined": _outlined(gray, codes),
+    }
+    figures = [
+        f'<figure><img src="{_png(picture)}" width="{picture.shape[1]}" height="{picture.shape[0]}" '
+        f'alt="{name}, {alt}"><figcaption>{name}</figcaption></figure>'
+        for name, picture in pictures.items()
+    ]
+    return f'<div class="panels">{"".join(figures)}</div>'
+
+
+def _chips(items: Iterable[tuple[str, str]]) -> str:
+    """Return a list of texts, each with a dot of its colour."""
+    dots = "".join(f'<li><i style="background:{colour}"></i>{text}</li>' for colour, text in items)
+    return f'<ul class="chips">{dots}</ul>'
+
+
+def _focus(evolution: Picture) -> tuple[list[int], NDArray[np.int64]]:
+    """Return the slice of each axis through the box's foremost lesion, and the axes, best plane first."""
+    codes = [c for c in (*_KINDS, _STABLE) if (evolution == c).any()]
+    if not codes:
+        return [n // 2 for n in evolution.shape], np.array([2, 1, 0])
+    parts, n = ndimage.label(evolution == codes[0], _AROUND)
+    own = parts == 1 + np.bincount(parts.ravel(), minlength=n + 1)[1:].argmax()
+    areas = [own.sum(axis=tuple(a for a in range(3) if a != axis)) for axis in range(3)]
+    return [int(a.argmax()) for a in areas], np.argsort([-a.max() for a in areas], kind="stable")
+
+
+def _pair(
+    number: int, subject: str, recipe: Recipe, baseline: NDArray, followup: NDArray, evolution: Picture
+) -> str:
+    """Return the pictures of one pair with what is in its box."""
+    at, axes = _focus(evolution)
+    rows = []
+    for axis in axes:
+        plane = _PLANES[recipe.orientation.axes[axis]]
+        name = f"plane across array axis {axis} at {at[axis]} (the scan's {plane})"
+        cut = [_upright(volume.take(at[axis], axis)) for volume in (baseline, followup, evolution)]
+        rows.append((name, _panels(*cut, alt=f"pair {number}, {name}")))
+    changes = [(_COLOURS[code], text) for code, text in _changes(recipe, evolution)]
+    if stable := sum(e.kind == "stable" and _seat(e, recipe) is not None for e in recipe.events):
+        changes.append((_COLOURS[_STABLE], f"stable, {stable} synthetic"))
+    placed = "around an event" if recipe.box.placed == "event" else "placed uniformly"
+    more = "".join(f"<p>{name}</p>{panels}" for name, panels in rows[1:])
+    return (
+        f"<article><h3>Pair {number} <span>subject {escape(subject)} · box {placed} · {rows[0][0]}</span>"
+        f"</h3>{_chips(changes or [('none', 'no lesion that changes')])}{rows[0][1]}"
+        f"<details><summary>the other two planes</summary>{more}</details></article>"
+    )
+
+
+# Numbers and plots
+
+
+def _head(out: Path, index: dict, recipes: Recipes, codes: NDArray[np.int64]) -> str:
+    """Return what the run holds, in numbers."""
+    subjects = {s["subject"] for shard in index["shards"] for s in shard["samples"]}
+    with_new = np.mean([any(e.kind == "new" for e in recipe.events) for recipe in recipes])
+    tiles = {
+        "pairs": f"{len(recipes)}",
+        "subjects": f"{len(subjects)}",
+        "have new lesions in the brain": f"{with_new:.0%}",
+        "have new lesions in the box": f"{np.mean(codes[:, _NEW] > 0):.0%}",
+    }
+    counts = Counter((e.kind, e.source) for recipe in recipes for e in recipe.events)
+    names = [index["schema"], f"run {index['run_id']}", f"index {index['sha256'][:16]}"]
+    if (out / "run.json").exists():
+        names.append(f"config {read_plan(out)['config_sha256'][:16]}")
+    tile = "".join(f"<div><dd>{value}</dd><dt>{name}</dt></div>" for name, value in tiles.items())
+    rows = "".join(
+        f"<tr><th scope=row>{kind}</th><td>{counts[kind, 'real']}</td><td>{counts[kind, 'synthetic']}</td></tr>"
+        for kind in (*_KINDS.values(), "stable", "removed")
+    )
+    return (
+        f'<section class="head"><dl>{tile}</dl><table><thead><tr><th scope=row>lesions, whole brain</th><td>real</td>'
+        f"<td>synthetic</td></tr></thead><tbody>{rows}</tbody></table></section><p>removed: real lesions "
+        f"taken out of both visits · {escape(' · '.join(names))}</p>"
+    )
+
+
+def _legend() -> str:
+    """Return what the pictures' grays and colours mean."""
+    stops = ",".join(f"rgb{tuple(int(c) for c in stop)}" for stop in _DIVERGING)
+    bar = f'<b class="bar" style="background:linear-gradient(90deg,{stops})"></b>'
+    kinds = {**_KINDS, _STABLE: "stable"}.items()
+    return (
+        "<h2>Pairs</h2><p>Slices through the largest change of each pair, new lesions first. Gray: 0 to "
+        f"{_GRAY_TOP:g}, brain mode 1. Difference, follow-up minus baseline: &minus;{_DIFFERENCE_TOP} {bar} "
+        f"+{_DIFFERENCE_TOP}. Outlined at follow-up:</p>{_chips((_COLOURS[c], kind) for c, kind in kinds)}"
+    )
+
+
+def _histogram(series: dict[str, NDArray[np.int64]], ticks: dict[float, str], label: str) -> str:
+    """Return a bar chart; `series` maps colours to counts per bin, `ticks` places in bins to texts."""
+    left, right, base, n = 36, 500, 170, len(next(iter(series.values())))
+    top = max(1, *(int(counts.max()) for counts in series.values()))
+    step = next(s for e in range(12) for s in (10**e, 2 * 10**e, 5 * 10**e) if top <= 5 * s)
+    bin_, unit, bar = (right - left) / n, 160 / top, (right - left) / n * 0.84 / len(series)
+    parts = [f'<text x="{(left + right) / 2}" y="204" text-anchor="middle">{label}</text>']
+    for y in range(0, top + 1, step):
+        parts.append(f'<path d="M{left} {base - y * unit:.1f}H{right}"/>')
+        parts.append(f'<text x="{left - 6}" y="{base - y * unit + 4:.1f}" text-anchor="end">{y}</text>')
+    for at, text in ticks.items():
+        parts.append(f'<text x="{left + at * bin_:.1f}" y="{base + 15}" text-anchor="middle">{text}</text>')
+    for k, (colour, counts) in enumerate(series.items()):
+        for i in np.flatnonzero(counts):
+            x, height = left + (i + 0.08) * bin_ + k * bar, counts[i] * unit
+            size = f'y="{base - height:.1f}" width="{bar:.1f}" height="{height:.1f}"'
+            parts.append(f'<rect x="{x:.1f}" {size} fill="{colour}"/>')
+    return f'<svg viewBox="0 0 520 208" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+
+
+def _volumes(recipes: Recipes) -> str:
+    """Return histograms of the new lesions' volumes and of their number per recipe."""
+    new = [(e.source, e.voxels[1]) for recipe in recipes for e in recipe.events if e.kind == "new"]
+    numbers = np.bincount([sum(e.kind == "new" for e in recipe.events) for recipe in recipes])
+    edges = np.geomspace(3, max([3000, *(v for _, v in new)]) + 1, 25)
+    series = {c: np.histogram([v for s, v in new if s == name], edges)[0] for name, c in _SOURCES.items()}
+    scale = 24 / np.log(edges[-1] / 3)
+    marks = {float(scale * np.log(v / 3)): f"{v}" for v in (3, 10, 30, 100, 300, 1000, 3000)}
+    whole = {i + 0.5: f"{i}" for i in range(0, len(numbers), 1 + len(numbers) // 12)}
+    per_recipe = _histogram({"var(--soft)": numbers}, whole, "new lesions in the whole brain")
+    return (
+        f'<h2>New lesions</h2><div class="plots"><figure>{_histogram(series, marks, "volume, mm³")}'
+        f"<figcaption>lesions {_chips((c, name) for name, c in _SOURCES.items())}</figcaption></figure>"
+        f"<figure>{per_recipe}<figcaption>recipes</figcaption></figure></div>"
+    )
+
+
+def _placements(recipes: Recipes) -> str:
+    """Return the synthetic lesions' centres over projections of the shipped lesion prior."""
+    frequency, affine = lesion_prior()
+    placed = [(e.kind, np.add(e.site.centre, r.origin_mm)) for r in recipes for e in r.events if e.site]
+    voxels = np.array([mm for _, mm in placed]).reshape(-1, 3) - affine[:3, 3]
+    inside = ((voxels >= 0) & (voxels < frequency.shape)).all(axis=1)
+    new = np.array([kind == "new" for kind, _ in placed], bool)
+    figures = []
+    for axis, sides in ((2, "left to right, front up"), (1, "left to right"), (0, "back to front")):
+        x, y = (a for a in range(3) if a != axis)
+        width, height = frequency.shape[x], frequency.shape[y]
+        shade = _upright(np.sqrt(frequency.max(axis=axis) / frequency.max()))
+        drawn = f'<image href="{_png(_gray(shade * _GRAY_TOP))}" width="{width}" height="{height}"/>'
+        for chosen, code in ((~new, _VANISHED), (new, _NEW)):
+            at = "".join(f"M{v[x] + 0.5:g} {height - v[y] - 0.5:g}h0" for v in voxels[chosen & inside])
+            drawn += f'<path class="dots" stroke="{_COLOURS[code]}" d="{at}"/>'
+        figures.append(
+            f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="centres">{drawn}</svg>'
+            f"<figcaption>{_PLANES[axis]}, {sides}</figcaption></figure>"
+        )
+    return (
+        f"<h2>Where synthetic lesions lie</h2><p>{int(inside.sum())} centres over the shipped lesion prior "
+        f"(square root of its maximum along the line of sight)</p>"
+        f"{_chips([(_COLOURS[_NEW], 'new'), (_COLOURS[_VANISHED], 'other kinds')])}"
+        f'<div class="maps">{"".join(figures)}</div>'
+    )
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title><style>{style}</style></head><body><main><h1>{title}</h1>
+{body}
+</main></body></html>
+"""
+_STYLE = """
+:root{color-scheme:light dark;--paper:#fff;--ink:#1d2127;--soft:#667080;--line:#e3e6ea;--card:#f6f7f9}
+@media(prefers-color-scheme:dark){
+:root{--paper:#131519;--ink:#e6e9ee;--soft:#98a1af;--line:#2b3038;--card:#1c1f25}}
+*{box-sizing:border-box}main{max-width:1100px;margin:auto;padding:2.5rem 1.25rem 4rem}
+body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
+h1{font-size:1.9rem;letter-spacing:-.02em;margin:0 0 1.25rem}h2{font-size:1.3rem;margin:3rem 0 .5rem}
+h3{font-size:1rem;margin:0}h3 span{font-weight:400;color:var(--soft);margin-left:.5rem}
+p,figcaption,summary,dt,thead{color:var(--soft);font-size:.85rem}figure{margin:0;min-width:0}
+.head{display:grid;grid-template-columns:3fr 2fr;gap:2rem;align-items:start}
+dl{display:grid;grid-template-columns:1fr 1fr;gap:.75rem;margin:0}
+dl div{background:var(--card);border-radius:10px;padding:.9rem 1.1rem}dd{margin:0;font-size:1.8rem;font-weight:600}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:.9rem}
+td,th{padding:.28rem 0;border-bottom:1px solid var(--line);text-align:right}
+th[scope]{text-align:left;font-weight:400}article{border-top:1px solid var(--line);padding:1.25rem 0}figcaption{display:flex}
+.chips{display:flex;flex-wrap:wrap;gap:0 1.1rem;margin:.25rem 0 .75rem;padding:0;font-size:.85rem}
+.chips li{list-style:none}figcaption .chips{margin:0 1.1rem}.chips i{display:inline-block;width:.7em;height:.7em;border-radius:50%;margin-right:.4em}
+.bar{display:inline-block;width:7rem;height:.7em;border-radius:3px}summary{cursor:pointer;margin-top:.5rem}
+.panels{display:grid;grid-template-columns:repeat(4,minmax(0,max-content));gap:12px}
+img{display:block;max-width:100%;height:auto;image-rendering:pixelated;border-radius:3px}
+.plots{display:grid;grid-template-columns:1fr 1fr;gap:2rem}.plots path{stroke:var(--line)}
+.maps{display:grid;grid-template-columns:182fr 182fr 218fr;gap:12px}.maps svg{background:#000;border-radius:3px}
+svg{display:block;width:100%}.dots{stroke-width:2;stroke-linecap:round}text{fill:var(--soft);font-size:12px}
+@media(max-width:720px){.head,.plots,.maps{grid-template-columns:1fr}.panels{grid-template-columns:1fr 1fr}
+h3 span{display:block;margin:0}}
+"""

@@ -1,0 +1,190 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from synthlong.errors import InputError
+from synthlong.lesions import LesionBank, Shape, core, find_lesions, grown, read_bank
+
+TOUCHING = np.ones((3, 3, 3))
+
+
+def ball(shape, centre, radius):
+    return np.linalg.norm(np.indices(shape) - np.reshape(centre, (3, 1, 1, 1)), axis=0) <= radius
+
+
+def dumbbell(neck=1):
+    shape = (44, 22, 22)
+    bar = np.zeros(shape, bool)
+    bar[10:34, 11 - neck : 11 + neck, 11 - neck : 11 + neck] = True
+    return ball(shape, (10, 11, 11), 8) | ball(shape, (33, 11, 11), 8) | bar
+
+
+def check_partition(mask, lesions):
+    assert np.array_equal(lesions.labels > 0, mask != 0)
+    assert np.array_equal(np.unique(lesions.labels[mask != 0]), np.arange(1, len(lesions) + 1))
+    assert lesions.volumes_mm3.sum() == mask.sum()
+    for number, box in enumerate(lesions.boxes, start=1):
+        own = lesions.labels == number
+        assert own.sum() == own[box].sum() == lesions.volumes_mm3[number - 1]
+        assert ndimage.label(own[box], TOUCHING)[1] == 1
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.02, 0.3))
+def test_numbering_partitions_the_mask(seed, share):
+    mask = np.random.default_rng(seed).random((12, 13, 14)) < share
+    lesions = find_lesions(mask, max_event_mm3=1e5)
+    check_partition(mask, lesions)
+    assert len(lesions) == ndimage.label(mask, TOUCHING)[1]
+
+
+def test_lesions_touch_at_corners():
+    mask = np.zeros((5, 5, 5), np.uint8)
+    mask[1, 1, 1] = mask[2, 2, 2] = mask[4, 4, 4] = 255
+    assert find_lesions(mask, max_event_mm3=3000).volumes_mm3.tolist() == [2, 1]
+
+
+def test_only_the_middle_sized_are_mutable():
+    mask = np.zeros((30, 12, 12), bool)
+    mask[0:3, 0, 0] = True  # 3 mm3
+    mask[0:4, 4, 4] = True  # 4
+    mask[10:20, 2:12, 2:12] = True  # 1000
+    lesions = find_lesions(mask, max_event_mm3=900)
+    assert dict(zip(lesions.volumes_mm3, lesions.mutable, strict=True)) == {3: False, 4: True, 1000: False}
+    assert find_lesions(mask, max_event_mm3=1000).mutable.tolist() == [False, True, True]
+
+
+def test_none_in_an_empty_mask():
+    assert len(find_lesions(np.zeros((4, 4, 4)), max_event_mm3=3000)) == 0
+
+
+def test_a_dumbbell_splits_at_its_neck():
+    mask = dumbbell()
+    lesions = find_lesions(mask, max_event_mm3=3000)
+    check_partition(mask, lesions)
+    assert len(lesions) == 2
+    assert lesions.mutable.all()
+    cut = [np.argwhere(lesions.labels == n)[:, 0] for n in (1, 2)]
+    assert cut[0].max() <= 24
+    assert cut[1].min() >= 19
+    assert len(find_lesions(mask, max_event_mm3=5000)) == 1  # small enough as a whole
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 10**6))
+def test_confluent_lesions_split_into_connected_parts(seed):
+    rng = np.random.default_rng(seed)
+    mask = np.zeros((40, 36, 30), bool)
+    for _ in range(7):
+        mask |= ball(mask.shape, rng.integers(6, 26, 3), rng.uniform(2, 7))
+    check_partition(mask, find_lesions(mask, max_event_mm3=200))
+
+
+def slow_core(mask, fraction):
+    keep = max(round(fraction * int(mask.sum())), 1)
+    padded = np.pad(mask, 1)
+    border = np.argwhere(~padded) - 1
+    voxels = [tuple(v) for v in np.argwhere(mask)]
+    depth = {v: np.sqrt(((border - v) ** 2).sum(axis=1).min()) for v in voxels}
+    deepest = max(voxels, key=lambda v: depth[v])
+    order = sorted(voxels, key=lambda v: 0.5 * np.linalg.norm(np.subtract(v, deepest)) - depth[v])
+    inner = np.zeros_like(mask)
+    for v in order[:keep]:
+        inner[v] = True
+    parts, _ = ndimage.label(inner, TOUCHING)
+    return parts == parts[deepest]
+
+
+def random_lesion(seed):
+    rng = np.random.default_rng(seed)
+    mask = np.zeros((12, 11, 10), bool)
+    at = np.array([6, 5, 5])
+    for _ in range(4):
+        mask |= ball(mask.shape, at, rng.uniform(0.5, 2.5))
+        at = np.clip(at + rng.integers(-2, 3, 3), 1, 8)
+    parts, _ = ndimage.label(mask, TOUCHING)
+    return parts == parts[6, 5, 5]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.01, 0.99))
+def test_core_is_the_slow_one(seed, fraction):
+    mask = random_lesion(seed)
+    before = mask.copy()
+    assert np.array_equal(core(mask, fraction), slow_core(mask, fraction))
+    assert np.array_equal(mask, before)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0, 1), st.floats(0, 1))
+def test_cores_are_nested_and_connected(seed, a, b):
+    mask = random_lesion(seed)
+    small, large = (core(mask, f) for f in sorted((a, b)))
+    assert not (small & ~large).any()
+    assert not (large & ~mask).any()
+    for part, share in zip((small, large), sorted((a, b)), strict=True):
+        assert ndimage.label(part, TOUCHING)[1] == (share > 0)  # a lesion present has a voxel
+        assert part.sum() <= max(round(share * mask.sum()), 1)
+
+
+def test_core_of_nothing_and_of_all():
+    mask = random_lesion(1)
+    assert not core(mask, 0).any()
+    assert np.array_equal(core(mask, 1), mask)
+    assert core(mask, 1) is not mask
+    for fraction in (0, 0.5, 1):
+        assert not core(np.zeros_like(mask), fraction).any()
+    for wrong in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="fraction"):
+            core(mask, wrong)
+
+
+def test_grown_is_euclidean():
+    mask = random_lesion(4)
+    wide = np.pad(mask, 6)
+    assert np.array_equal(grown(wide, 4), ndimage.distance_transform_edt(~wide) <= 4)
+    assert not grown(np.zeros((3, 3, 3)), 4).any()
+
+
+def test_a_bank_keeps_its_shapes():
+    shapes = [Shape(random_lesion(n)[2:9], (float(n), -1.5, 3.25)) for n in range(5)]
+    bank = LesionBank.from_shapes(shapes)
+    assert len(bank) == 5
+    for n, shape in enumerate(shapes):
+        assert np.array_equal(bank[n].voxels, shape.voxels)
+        assert bank[n].centre_mm == shape.centre_mm
+        assert bank.volumes_mm3[n] == shape.voxels.sum()
+    assert np.array_equal(bank[2].mirrored().mirrored().voxels, shapes[2].voxels)
+    assert bank[2].mirrored().centre_mm[0] == -2.0
+    for index in (-1, 5):
+        with pytest.raises(IndexError):
+            bank[index]
+    assert len(LesionBank.from_shapes([])) == 0
+
+
+def test_the_shipped_bank_is_sound():
+    bank = read_bank()
+    assert len(bank) > 1000
+    for n in range(0, len(bank), 97):
+        voxels = bank[n].voxels
+        assert voxels.sum() == bank.volumes_mm3[n] > 3
+        assert all(voxels.any(axis=tuple({0, 1, 2} - {a}))[[0, -1]].all() for a in range(3))
+        assert ndimage.label(voxels, TOUCHING)[1] == 1
+
+
+def test_damaged_banks_are_refused(tmp_path):
+    whole = LesionBank.default_path().read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :]
+    for n, data in enumerate((b"", b"not a bank", whole[:2000], flipped)):
+        path = tmp_path / f"{n}.npz"
+        path.write_bytes(data)
+        with pytest.raises(InputError, match="bank"):
+            read_bank(path)
+    with pytest.raises(InputError, match="bank"):
+        read_bank(tmp_path / "missing.npz")
+    np.savez(tmp_path / "odd.npz", **dict.fromkeys(("extents", "centres_mm", "volumes_mm3", "bits", "ends"), 1))
+    with pytest.raises(InputError, match="bank"):
+        read_bank(tmp_path / "odd.npz")

@@ -1,0 +1,150 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from synthlong.atlas import lesion_prior, sample_map
+from synthlong.errors import InputError
+from synthlong.lesions import LesionBank, Shape, read_bank
+from synthlong.placement import (
+    PlacementMap,
+    Site,
+    allowed_of,
+    draw_site,
+    find_placements,
+    site_mask,
+    tissue_weight,
+)
+from synthlong.tissue import CSF
+
+MARGIN = 5
+
+
+@pytest.fixture(scope="module")
+def drawn(real_case):
+    """5,000 sites on a real scan, each with nothing placed before: (weight, wanted volumes, sites, masks, boxes)."""
+    frequency, affine = lesion_prior()
+    frequency = sample_map(frequency, affine, real_case.shape, real_case.affine)
+    places = find_placements(real_case, frequency, gray_matter=0.3, margin=MARGIN)
+    allowed = allowed_of(real_case, MARGIN)
+    weight = frequency * tissue_weight(real_case.tissue, 0.3) * allowed
+    rng, bank, taken = np.random.default_rng(0), read_bank(), np.zeros_like(allowed)
+    found = []
+    while len(found) < 5000:
+        wanted = float(np.clip(45 * np.exp(1.1 * rng.standard_normal()), 4, 3000))
+        hit = draw_site(rng, places, allowed, taken, bank, real_case.affine, volume_mm3=wanted)
+        if hit:
+            found.append((wanted, *hit))
+    assert not taken.any()
+    return weight, found
+
+
+def test_centres_follow_prior_times_tissue(drawn):
+    weight, found = drawn
+    share = weight / weight.sum(dtype=np.float64)
+    at = np.array([share[site.centre] for _, site, _, _ in found])
+    order = np.sort(share[share > 0])
+    cuts = order[np.searchsorted(np.cumsum(order), np.linspace(0, 1, 21)[1:-1])]
+    expected = np.array([order[np.digitize(order, cuts) == n].sum() for n in range(20)])
+    shares = np.bincount(np.digitize(at, cuts), minlength=20) / len(at)
+    assert np.abs(expected - 0.05).max() < 0.01
+    assert (np.abs(shares / expected - 1) < 0.2).all()
+
+
+def test_voxels_lie_in_gray_and_white_matter_clear_of_lesions(drawn, real_case):
+    _, found = drawn
+    far = ndimage.distance_transform_edt(real_case.lesions == 0) > MARGIN
+    good = (real_case.brain > 0) & (real_case.tissue > CSF) & far
+    for _, site, mask, box in found:
+        assert mask.sum() > 3
+        assert good[box][mask].all()
+        assert mask[tuple(c - b.start for c, b in zip(site.centre, box, strict=True))]
+        assert ndimage.label(mask, np.ones((3, 3, 3)))[1] == 1
+
+
+def test_a_site_gives_its_mask_again(drawn, real_case):
+    _, found = drawn
+    allowed = allowed_of(real_case, MARGIN)
+    for _, site, mask, box in found:
+        again, same = site_mask(site, read_bank(), allowed)
+        assert same == box
+        assert np.array_equal(again, mask)
+
+
+def test_volumes_are_near_the_wanted_ones(drawn):
+    _, found = drawn
+    ratio = np.log([mask.sum() / wanted for wanted, _, mask, _ in found])
+    assert abs(np.median(ratio)) < 0.15
+    assert abs(ratio.mean()) < 0.25
+    assert np.abs(ratio).mean() < 0.5
+
+
+def test_shapes_come_from_nearby_and_from_both_sides(drawn, real_case):
+    _, found = drawn
+    bank = read_bank()
+    apart = []
+    for _, site, _, _ in found[:500]:
+        shape = bank[site.shape]
+        own = np.array((shape.mirrored() if site.mirrored else shape).centre_mm)
+        at = real_case.affine[:3, :3] @ site.centre + real_case.affine[:3, 3]
+        assert own[0] * at[0] >= 0
+        apart.append(np.linalg.norm(own - at))
+    assert np.median(apart) < 40
+    assert 0.3 < np.mean([site.mirrored for _, site, _, _ in found]) < 0.7
+
+
+def test_tissue_weight():
+    tissue = np.array([0, 1, 2, 3], np.uint8)
+    assert tissue_weight(tissue, 0.25).tolist() == [0, 0, 0.25, 1]
+    assert tissue_weight(tissue, 0).tolist() == [0, 0, 0, 1]
+
+
+def test_allowed_is_worked_out_once(small_case):
+    allowed = allowed_of(small_case, MARGIN)
+    assert allowed_of(small_case, MARGIN) is allowed
+    assert allowed_of(small_case, MARGIN + 1).sum() < allowed.sum()
+    assert not (allowed & (ndimage.distance_transform_edt(small_case.lesions == 0) <= MARGIN)).any()
+    assert not (allowed & (small_case.tissue < 2)).any()
+
+
+def test_no_place_left(small_case):
+    with pytest.raises(InputError, match="no place"):
+        find_placements(small_case, np.zeros(small_case.shape, np.float32), gray_matter=0.3, margin=MARGIN)
+
+
+def cube_bank(side):
+    return LesionBank.from_shapes([Shape(np.ones((side,) * 3, bool), (10.0, 0.0, 0.0))])
+
+
+def test_a_shape_is_cut_off_where_it_leaves_the_tissue():
+    allowed = np.ones((20, 20, 20), bool)
+    allowed[12] = False  # a wall: what lies beyond it is not the lesion
+    mask, box = site_mask(Site(0, False, (10, 10, 10)), cube_bank(7), allowed)
+    assert (box[0].start, box[0].stop) == (7, 14)
+    assert mask.sum() == 5 * 49
+    assert not mask[5:].any()
+
+
+def test_a_shape_is_cut_off_at_the_grids_border():
+    mask, box = site_mask(Site(0, True, (0, 19, 10)), cube_bank(5), np.ones((20, 20, 20), bool))
+    assert box == (slice(0, 3), slice(17, 20), slice(8, 13))
+    assert mask.all()
+
+
+def test_a_centre_outside_the_tissue_gives_nothing():
+    assert not site_mask(Site(0, False, (5, 5, 5)), cube_bank(3), np.zeros((10, 10, 10), bool))[0].any()
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6))
+def test_taken_voxels_are_kept_clear(seed):
+    rng = np.random.default_rng(seed)
+    allowed, taken = np.ones((24, 24, 24), bool), np.zeros((24, 24, 24), bool)
+    taken[:9] = True
+    places = PlacementMap(np.arange(24**3, dtype=np.int32), np.arange(1, 24**3 + 1) / 24**3)
+    hit = draw_site(rng, places, allowed, taken, cube_bank(3), np.eye(4), volume_mm3=27)
+    if hit:
+        site, mask, box = hit
+        assert not (mask & taken[box]).any()
+        assert site.centre[0] >= 10
