@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Case": "case",
     "read_case": "case",
-    "read_cases": "case",
+    "read_cases": "manifest",
     "SynthesisConfig": "recipe",
     "LesionEvent": "recipe",
     "Recipe": "recipe",

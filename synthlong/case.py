@@ -216,9 +216,15 @@ class _Grid:
         return data.astype(np.float32) if self.keeps else self._interpolate(data, 3)
 
     def resample_mask(self, data: NDArray) -> NDArray[np.bool_]:
-        data = self._turn(data)
-        # midway between voxels a border would count on both sides and swell the mask: the nudge takes one
-        return data != 0 if self.keeps else self._interpolate(data != 0, 1, nudge=1e-3) >= 0.5
+        """Keep volumes: nearest voxel, since a threshold on linear interpolation loses small lesions.
+
+        The nudge decides between voxels equally near alike on both sides of a lesion.
+        """
+        data = self._turn(data) != 0
+        if self.keeps:
+            return data
+        finer = np.linalg.norm(self.reoriented[:3, :3], axis=0).min() < 0.99
+        return self._interpolate(data, int(finer), nudge=1e-3) >= 0.5
 
     def resample_labels(self, data: NDArray) -> NDArray[np.uint8]:
         data = self._turn(data)

@@ -2,8 +2,8 @@
 
     draw samples -> predict the change to the first guess -> mean squared error in the hole -> Adam
 
-Loss and optimiser are those of Kamraoui et al. 2022, section 2.6 (MSE, Adam with beta1 0.9); the error is taken in
-the hole only, each sample counting the same whatever its lesion's size.
+Loss and optimiser are those of Kamraoui et al. 2022, section 2.6 (MSE, Adam with beta1 0.9); the error is
+taken in the hole only, each sample counting the same whatever its lesion's size.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class FitConfig:
         if not self.sides or any(side < 16 or side % 4 for side in self.sides):
             raise ConfigError(f"fit: sides {self.sides} must be multiples of 4 of at least 16 voxels")
         if self.precision not in ("bf16", "float32"):
-            raise ConfigError(f"fit: precision {ascii(self.precision)} must be auto, bf16 or float32")
+            raise ConfigError(f"fit: precision {self.precision!a} must be auto, bf16 or float32")
 
 
 def fit(
@@ -90,8 +90,8 @@ def fit(
 ) -> dict[str, Any]:
     """Train, write weights and card to `out`, return the card's figures.
 
-    A checkpoint lies beside `out` while training runs; the same call goes on from it, and gives what an uninterrupted
-    one gives, since step t draws from (seed, t) alone.
+    A checkpoint lies beside `out` while training runs; the same call goes on from it, and gives what an
+    uninterrupted one gives, since step t draws from (seed, t) alone.
 
     Args:
         config: How to train.
@@ -104,7 +104,7 @@ def fit(
         progress: Called as (step, steps, loss).
     """
     torch.manual_seed(config.seed)
-    model = UNet(network).to(config.device, memory_format=torch.channels_last_3d)
+    model = UNet(network).to(config.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     adam = torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.999))
     checkpoint = out.with_suffix(".checkpoint")
     settings = {**asdict(config), "sides": list(config.sides)}
@@ -201,7 +201,8 @@ def fit_on_cases(
 def hole_errors(model: UNet, sampler: Sampler, config: FitConfig) -> dict[str, float]:
     """Return errors in the hole on fixed samples of the patient held out (brain mode = 1).
 
-    `mae` of the network, `mae_first_guess` of the smooth fill that it corrects, `bias` (mean of prediction minus truth).
+    `mae` of the network, `mae_first_guess` of the smooth fill that it corrects, `bias` (mean of prediction
+    minus truth).
     """
     model.eval()
     errors = []
@@ -216,7 +217,11 @@ def hole_errors(model: UNet, sampler: Sampler, config: FitConfig) -> dict[str, f
         wrong = guess + change[hole] - truth
         errors.append((np.abs(wrong).mean(), np.abs(guess - truth).mean(), wrong.mean()))
     mae, first, bias = np.mean(errors, axis=0)
-    return {"mae": round(float(mae), 5), "mae_first_guess": round(float(first), 5), "bias": round(float(bias), 5)}
+    return {
+        "mae": round(float(mae), 5),
+        "mae_first_guess": round(float(first), 5),
+        "bias": round(float(bias), 5),
+    }
 
 
 def _autocast(config: FitConfig) -> torch.autocast:
@@ -246,7 +251,13 @@ def _schedule(t: float) -> float:
 
 
 def _save(
-    path: Path, settings: dict[str, Any], model: UNet, adam: torch.optim.Adam, step: int, curve: list, seconds: float
+    path: Path,
+    settings: dict[str, Any],
+    model: UNet,
+    adam: torch.optim.Adam,
+    step: int,
+    curve: list,
+    seconds: float,
 ) -> None:
     state = {"model": model.state_dict(), "adam": adam.state_dict(), "step": step, "curve": curve}
     torch.save({**state, "settings": settings, "seconds": seconds}, path.with_suffix(".writing"))
@@ -265,7 +276,9 @@ def _resume(
         raise InputError(path, f"the checkpoint is damaged ({type(error).__name__})", "remove it") from error
     changed = sorted(k for k in settings if settings[k] != made.get(k, settings[k]))
     if changed:
-        raise InputError(path, f"the checkpoint was made with other settings ({', '.join(changed)})", "remove it")
+        raise InputError(
+            path, f"the checkpoint was made with other settings ({', '.join(changed)})", "remove it"
+        )
     model.load_state_dict(state["model"])
     adam.load_state_dict(state["adam"])
     return state["step"], state["curve"], state["seconds"]

@@ -33,7 +33,7 @@ def soft_hole(mask: NDArray) -> NDArray[np.float32]:
 
 
 def faded(mask: NDArray[np.bool_], *, full: float, zero: float) -> NDArray[np.float32]:
-    """Return 1 up to `full` voxels from a mask, then a smooth step down to 0 at `zero` (at most `REACH`) voxels."""
+    """Return 1 up to `full` voxels from a mask, and a smooth step down to 0 at `zero`, at most `REACH`."""
     steps = np.argwhere(np.ones((2 * REACH + 1,) * 3)) - REACH
     x = np.clip((zero - np.sqrt((steps**2).sum(axis=1))) / (zero - full), 0, 1)
     values = (x * x * (3 - 2 * x)).astype(np.float32)

@@ -1,9 +1,10 @@
 """The inpainter: a scan without its lesions.
 
-A 3-D U-Net learns to restore lesion-free tissue whose lesion-like areas were replaced by noise (Kamraoui et al.
-2022, section 2.3.1, doi 10.3389/fnimg.2022.948235; Manjon et al. 2020, Blind MRI brain lesion inpainting using
-deep learning). Applied to a scan with lesions, it fills them with the tissue that might be there. One departure:
-the network corrects a smooth first guess instead of starting from nothing, which carries over to new scanners.
+A 3-D U-Net learns to restore lesion-free tissue whose lesion-like areas were replaced by noise (Kamraoui et
+al. 2022, section 2.3.1, doi 10.3389/fnimg.2022.948235; Manjon et al. 2020, Blind MRI brain lesion inpainting
+using deep learning). Applied to a scan with lesions, it fills them with the tissue that might be there. One
+departure: the network corrects a smooth first guess instead of starting from nothing, which carries over to
+new scanners.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from scipy import ndimage
 
 from synthlong.case import Case
 from synthlong.errors import InputError
-from synthlong.hole import corrupt, first_guess, grown_box, soft_hole
+from synthlong.hole import corrupt, first_guess, soft_hole
 from synthlong.lesions import LesionBank
 from synthlong.networks import UNet, UNetConfig, infer
 from synthlong.sampling import MOST_DRAWS, Sample, draw_orientation, draw_variation, vary
@@ -57,10 +58,10 @@ class Inpainter:
         return cls(network.to(device), sha256, precision, device)
 
     def fill(self, x: NDArray, mask: NDArray, *, seed: int = 0) -> NDArray[np.float32]:
-        """Return the image with its lesions replaced by tissue; away from them it stays bit for bit, background too.
+        """Return the image with its lesions replaced by tissue; all else stays bit for bit, background too.
 
-        Windows of 48^3 that hold lesions are filled one by one and blended where they overlap. The first guess
-        is made on the whole image, so that large holes agree between windows.
+        Windows of 48^3 that hold lesions are filled one by one and blended where they overlap. The first
+        guess is made on the whole image, so that large holes agree between windows.
 
         Args:
             x: Image, shape `(I, J, K)`, brain mode 1, background 0.
@@ -80,7 +81,9 @@ class Inpainter:
             seen = corrupt(part, hole, hole, seed=seed + place)
             seen[1] = guess[window]
             fade = _fade(part.shape)
-            change[window] += fade * infer(self.network, seen, precision=self.precision, device=self.device)[0]
+            change[window] += (
+                fade * infer(self.network, seen, precision=self.precision, device=self.device)[0]
+            )
             total[window] += fade
         filled = np.maximum(guess + change / np.maximum(total, 1e-6), 0)
         return np.where(weight > 0, x + weight * (filled - x), x)
@@ -101,7 +104,9 @@ def _windows(hole: NDArray[np.bool_]) -> list[tuple[slice, ...]]:
     for i in lattice[0]:
         for j in lattice[1]:
             for k in lattice[2]:
-                window = tuple(slice(a, min(a + _WINDOW, n)) for a, n in zip((i, j, k), hole.shape, strict=True))
+                window = tuple(
+                    slice(a, min(a + _WINDOW, n)) for a, n in zip((i, j, k), hole.shape, strict=True)
+                )
                 if hole[window].any():
                     windows.append(window)
     return windows

@@ -39,7 +39,8 @@ class LesionMap:
         labels: int32 `(I, J, K)`, 0 where there is no lesion.
         volumes_mm3: Volume of each lesion.
         boxes: Bounding box of each.
-        mutable: For each, whether it may appear, vanish, grow or shrink: larger than 3 mm3, no larger than the limit.
+        mutable: For each, whether it may appear, vanish, grow or shrink: larger than 3 mm3, no larger than
+            the limit.
     """
 
     labels: NDArray[np.int32]
@@ -54,8 +55,8 @@ class LesionMap:
 def find_lesions(mask: NDArray, *, max_event_mm3: float, voxel_mm3: float = 1.0) -> LesionMap:
     """Number the 26-connected lesions of a mask, splitting those over `max_event_mm3` at their necks.
 
-    The split is a watershed of the distance to the border, from maxima at least 4 voxels apart. Parts that are
-    still too large stay as they are: present at both visits.
+    The split is a watershed of the distance to the border, from maxima at least 4 voxels apart. Parts that
+    are still too large stay as they are: present at both visits.
 
     Args:
         mask: Lesion voxels, shape `(I, J, K)`, zero or not.
@@ -75,7 +76,7 @@ def find_lesions(mask: NDArray, *, max_event_mm3: float, voxel_mm3: float = 1.0)
     volumes = np.bincount(labels.ravel(), minlength=n + 1)[1:] * voxel_mm3
     return LesionMap(
         labels=labels,
-        volumes_mm3=volumes,
+        volumes_mm3=volumes.astype(np.float64),
         boxes=tuple(ndimage.find_objects(labels)),
         mutable=(volumes > SMALLEST_EVENT_MM3) & (volumes <= max_event_mm3),
     )
@@ -95,7 +96,8 @@ def _split_at_necks(whole: NDArray[np.bool_]) -> NDArray[np.int32]:
 def _flood(seeds: NDArray[np.integer], depth: NDArray[np.float64]) -> NDArray[np.int32]:
     """Grow seeds over all voxels of depth above 0 (none on a face of the array), the deepest first.
 
-    `scipy.ndimage.watershed_ift` will not do: it floods by differences of height, also from the background inwards.
+    `scipy.ndimage.watershed_ift` will not do: it floods by differences of height, also from the background
+    inwards.
     """
     steps = np.argwhere(_TOUCHING) - 1
     strides = np.array([depth.shape[1] * depth.shape[2], depth.shape[2], 1])
@@ -116,8 +118,9 @@ def _flood(seeds: NDArray[np.integer], depth: NDArray[np.float64]) -> NDArray[np
 def core(mask: NDArray, fraction: float) -> NDArray[np.bool_]:
     """Return the inner part of one lesion that holds about `fraction` of its voxels.
 
-    Voxels are taken from the deepest one outwards: by depth below the border, then by nearness to the deepest.
-    The part is connected; 0 gives no voxel, 1 the lesion itself, anything between at least one voxel.
+    Voxels are taken from the deepest one outwards: by depth below the border, then by nearness to the
+    deepest. The part is connected; 0 gives no voxel, 1 the lesion itself, anything between at least one
+    voxel.
 
     Args:
         mask: The voxels of one lesion, shape `(I, J, K)`.

@@ -7,6 +7,7 @@ the encoder's features are concatenated on the way (Schmidt-Mengin et al. 2022, 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -68,7 +69,7 @@ class UNet(nn.Module):
         widths = config.widths
         ins = (config.in_channels, *widths[:-1])
         self.down = nn.ModuleList(ConvBlock(a, b) for a, b in zip(ins, widths, strict=True))
-        self.up = nn.ModuleList(ConvBlock(a + b, a) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.up = nn.ModuleList(ConvBlock(a + b, a) for a, b in pairwise(widths))
         self.head = nn.Conv3d(widths[0], config.out_channels, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
 """The lesion generator: a lesion painted into a scan.
 
-A 3-D U-Net with the scan, its lesion voxels replaced by noise, and the lesion mask as inputs learns to restore
-the scan with its lesions (Kamraoui et al. 2022, section 2.3.2, doi 10.3389/fnimg.2022.948235). Given a mask where
-there is none, it paints one. As in `inpainting`, it corrects a smooth first guess.
+A 3-D U-Net with the scan, its lesion voxels replaced by noise, and the lesion mask as inputs learns to
+restore the scan with its lesions (Kamraoui et al. 2022, section 2.3.2, doi 10.3389/fnimg.2022.948235). Given
+a mask where there is none, it paints one. As in `inpainting`, it corrects a smooth first guess.
 """
 
 from __future__ import annotations
@@ -42,13 +42,15 @@ class LesionPainter:
         return Path(__file__).parent / "assets" / "generator.safetensors"
 
     @classmethod
-    def read(cls, path: Path | None = None, *, precision: str = "float32", device: str = "cpu") -> LesionPainter:
+    def read(
+        cls, path: Path | None = None, *, precision: str = "float32", device: str = "cpu"
+    ) -> LesionPainter:
         """Read weights (default: the shipped ones)."""
         network, sha256 = read_weights(path or cls.default_path(), task="generator")
         return cls(network.to(device), sha256, precision, device)
 
     def paint(self, x: NDArray, mask: NDArray, *, seed: int) -> NDArray[np.float32]:
-        """Return a box with a lesion painted into it; more than 2.5 voxels from the mask it stays bit for bit.
+        """Return a box with a lesion painted into it; 2.5 voxels from the mask on it stays bit for bit.
 
         Args:
             x: Box of a scan, shape `(I, J, K)`, brain mode 1, background 0; about 8 voxels around the lesion.
@@ -74,13 +76,16 @@ class LesionSampler:
         self.cases = cases
         self._lesions = [find_lesions(c.lesions, max_event_mm3=3000.0) for c in cases]
         self._voxels = [
-            [np.argwhere(m.labels[box] == n) + [s.start for s in box] for n, box in enumerate(m.boxes, start=1)]
+            [
+                np.argwhere(m.labels[box] == n) + [s.start for s in box]
+                for n, box in enumerate(m.boxes, start=1)
+            ]
             for m in self._lesions
         ]
         self._usable = [n for n, m in enumerate(self._lesions) if len(m)]
 
     def draw(self, rng: np.random.Generator, *, side: int, varied: bool = True) -> Sample:
-        """Draw one sample of `side`^3 voxels: a lesion by the cube root of its volume, a voxel of it, the patch around."""
+        """Draw one sample of `side`^3 voxels, around a lesion drawn by the cube root of its volume."""
         for _ in range(MOST_DRAWS if self._usable else 0):
             n = self._usable[int(rng.integers(len(self._usable)))]
             pull = np.cbrt(self._lesions[n].volumes_mm3)
@@ -99,4 +104,6 @@ class LesionSampler:
             inputs = corrupt(target, weight, mask, seed=int(rng.integers(2**31)))
             return Sample(inputs, target[None], weight[None])
         names = ", ".join(c.id for c in self.cases)
-        raise InputError(names, f"no lesions to learn from in patches of {side}^3 voxels", "pass scans with lesions")
+        raise InputError(
+            names, f"no lesions to learn from in patches of {side}^3 voxels", "pass scans with lesions"
+        )

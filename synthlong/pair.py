@@ -24,7 +24,7 @@ from synthlong.placement import allowed_of, site_mask
 from synthlong.recipe import LesionEvent, Orientation, Recipe, lesions_of
 from synthlong.tissue import GRAY
 
-__all__ = ["Pair", "Painter", "render"]
+__all__ = ["Painter", "Pair", "render"]
 
 STABLE, NEW, VANISHED, ENLARGED, SHRUNK = 1, 2, 3, 4, 5
 
@@ -83,8 +83,8 @@ def render(
         recipe: What to render.
         painter: Paints synthetic lesions; None: the shipped lesion generator.
         bank: Lesion shapes; None: the shipped ones.
-        whole: Render the case's whole grid instead of the recipe's box; orientations that would change the grid's
-            shape are left out.
+        whole: Render the case's whole grid instead of the recipe's box; orientations that would change the
+            grid's shape are left out.
 
     Raises:
         InputError: The case is not the recipe's, or its healthy volume is missing.
@@ -92,7 +92,9 @@ def render(
     if case.id != recipe.case_id:
         raise InputError(case.id, f"the recipe is for case '{recipe.case_id}'", "render it with that case")
     if case.healthy is None:
-        raise InputError(case.id, "its healthy volume is missing", "make it with `inpainting.heal(case, inpainter)`")
+        raise InputError(
+            case.id, "its healthy volume is missing", "make it with `inpainting.heal(case, inpainter)`"
+        )
     if recipe.artifacts:
         raise ConfigError("the recipe has artifacts, which this version does not render; update synthlong")
     start = (0, 0, 0) if whole else recipe.box.start
@@ -137,7 +139,9 @@ class _Scene:
         self.lesions = [np.zeros(shape, bool) for _ in range(2)]
         self.evolution = np.zeros(shape, np.uint8)
 
-    def _record(self, before: NDArray[np.bool_], after: NDArray[np.bool_], event: LesionEvent, at: _At) -> None:
+    def _record(
+        self, before: NDArray[np.bool_], after: NDArray[np.bool_], event: LesionEvent, at: _At
+    ) -> None:
         """Write one lesion's voxels (arrays of one box, `at` = where it meets the region) into the masks."""
         mine, theirs = at
         before, after = before[theirs], after[theirs]
@@ -149,14 +153,15 @@ class _Scene:
         code[before & ~after] = VANISHED if event.kind == "vanished" else SHRUNK
 
     def put_back_real(self, lesions: LesionMap, events: tuple[LesionEvent, ...]) -> None:
-        """Give each visit the real lesions that it has: the scan's own voxels there, the healthy ones elsewhere."""
+        """Leave each visit the scan's own voxels but for the lesions that it lacks: healthy ones there."""
         case = self.case
         real = {e.lesion: e for e in events if e.source == "real"}
         if real.keys() != set(range(1, len(lesions) + 1)):
             problem = f"it has {len(lesions)} lesions, the recipe speaks of {len(real)}"
             raise InputError(case.id, problem, "render the scan and mask that the recipe was drawn from")
         wide = tuple(
-            slice(max(r.start - _PAD, 0), min(r.stop + _PAD, n)) for r, n in zip(self.region, case.shape, strict=True)
+            slice(max(r.start - _PAD, 0), min(r.stop + _PAD, n))
+            for r, n in zip(self.region, case.shape, strict=True)
         )
         labels = lesions.labels[wide]
         if not labels.any():
@@ -173,15 +178,16 @@ class _Scene:
             meet = _meet(box, self.region)
             if meet:
                 self._record(extents[0], extents[1], event, meet)
-        within = tuple(slice(r.start - w.start, r.stop - w.start) for r, w in zip(self.region, wide, strict=True))
+        within = tuple(
+            slice(r.start - w.start, r.stop - w.start) for r, w in zip(self.region, wide, strict=True)
+        )
         hole = soft_hole(labels > 0)[within]
         healthy = case.healthy[self.region]  # type: ignore[index]
-        for visit, kept in zip(self.visits, present, strict=True):
+        for image, kept in zip(self.visits, present, strict=True):
             removed = (labels > 0) & ~kept
             if removed.any():  # a neighbour that is removed does not eat into a lesion that stays
                 weight = soft_hole(removed) * (1 - faded(kept, full=0, zero=_PROTECTED))
-                share = weight[within] / np.maximum(hole, 1e-6)
-                visit[...] = np.where(share == 1, healthy, visit + share * (healthy - visit))
+                image[...] = _mix(image, healthy, weight[within] / np.maximum(hole, 1e-6))
 
     def add_synthetic(
         self, event: LesionEvent, allowed: NDArray[np.bool_], painter: Painter | None, bank: LesionBank
@@ -200,7 +206,9 @@ class _Scene:
         at = _meet(box, self.region)
         if at:
             self._record(extents[0], extents[1], event, at)
-        side = next((c for c in _CONTEXTS if max(mask.shape) + 2 * _CONTEXT_MARGIN <= c), max(mask.shape) + 16)
+        side = next(
+            (c for c in _CONTEXTS if max(mask.shape) + 2 * _CONTEXT_MARGIN <= c), max(mask.shape) + 16
+        )
         centre = tuple((b.start + b.stop) // 2 for b in box)
         context, start = crop(self.case.healthy, centre, side)  # type: ignore[arg-type]
         matter, _ = crop(self.case.tissue, centre, side)
@@ -214,7 +222,8 @@ class _Scene:
         mine, theirs = meet
         painter = painter or _shipped_painter()
         large = max(wholes, key=np.count_nonzero)
-        near = (soft_hole(large) > 0) & (matter >= GRAY)  # a lesion ends where CSF begins
+        hole = soft_hole(large)
+        near = (hole > 0) & (matter >= GRAY)  # a lesion ends where CSF begins
         painted = painter.paint(context, large, seed=event.seed)
         for visit, whole in zip(self.visits, wholes, strict=True):
             if not whole.any():
@@ -222,7 +231,8 @@ class _Scene:
             shown = painted
             lost = large & ~whole
             if lost.any():  # painted anew near its smaller border only: farther inside both visits are equal
-                shown = painted + soft_hole(lost) * (painter.paint(context, whole, seed=event.seed) - painted)
+                smaller = painter.paint(context, whole, seed=event.seed)
+                shown = _mix(painted, smaller, soft_hole(lost) / np.maximum(hole, 1e-6))
             visit[mine] = np.where(near[theirs], shown[theirs], visit[mine])
 
 
@@ -237,6 +247,11 @@ def _meet(box: tuple[slice, ...], region: tuple[slice, ...]) -> _At | None:
     mine = tuple(slice(s.start - r.start, s.stop - r.start) for s, r in zip(both, region, strict=True))
     theirs = tuple(slice(s.start - b.start, s.stop - b.start) for s, b in zip(both, box, strict=True))
     return mine, theirs
+
+
+def _mix(a: NDArray, b: NDArray, share: NDArray) -> NDArray[np.float32]:
+    """Return `a` where the share is 0, `b` where it is 1, bit for bit, and what lies between elsewhere."""
+    return np.where(share == 1, b, a + share * (b - a))
 
 
 @lru_cache(maxsize=1)

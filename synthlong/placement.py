@@ -1,9 +1,9 @@
 """Where a synthetic lesion may lie, and which shape it has there.
 
-A lesion's centre is drawn with probability lesion prior x tissue: white matter counts fully, gray matter less, CSF,
-background and the surroundings of existing lesions not at all (Kamraoui et al. 2022, section 2.3). Its shape is a
-real one of about the wanted volume, found nearby in some patient, cut off where it would leave the tissue.
-A shape that does not fit is drawn again, its centre is not, so the places follow the prior.
+A lesion's centre is drawn with probability lesion prior x tissue: white matter counts fully, gray matter
+less, CSF, background and the surroundings of existing lesions not at all (Kamraoui et al. 2022, section 2.3).
+Its shape is a real one of about the wanted volume, found nearby in some patient, cut off where it would leave
+the tissue. A shape that does not fit is drawn again, its centre is not, so the places follow the prior.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def tissue_weight(tissue: NDArray[np.uint8], gray_matter: float) -> NDArray[np.f
 
 
 def allowed_of(case: Case, margin: int) -> NDArray[np.bool_]:
-    """Return the voxels that a synthetic lesion may cover, worked out once: gray and white matter clear of lesions.
+    """Return where synthetic lesions may lie, worked out once: gray and white matter clear of lesions.
 
     Args:
         case: The case.
@@ -90,7 +90,9 @@ def find_placements(
     weight = frequency * tissue_weight(case.tissue, gray_matter) * allowed_of(case, margin)
     voxels = np.flatnonzero(weight).astype(np.int32)
     if not voxels.size:
-        raise InputError(case.id, "no place for a synthetic lesion", "check that the scan lies in MNI152 space")
+        raise InputError(
+            case.id, "no place for a synthetic lesion", "check that the scan lies in MNI152 space"
+        )
     total = np.cumsum(weight.ravel()[voxels], dtype=np.float64)
     return PlacementMap(voxels, total / total[-1])
 
@@ -121,7 +123,8 @@ def draw_site(
     Returns:
         The site, its voxels within their bounding box, and that box.
     """
-    flat = places.voxels[min(np.searchsorted(places.cumulative, rng.random(), side="right"), places.voxels.size - 1)]
+    drawn = int(np.searchsorted(places.cumulative, rng.random(), side="right"))
+    flat = places.voxels[min(drawn, places.voxels.size - 1)]
     i, j, k = (int(c) for c in np.unravel_index(int(flat), allowed.shape))
     if taken[i, j, k]:
         return None

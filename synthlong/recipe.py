@@ -38,8 +38,8 @@ class SynthesisConfig:
     Args:
         box: Side of the rendered cubes, voxels of 1 mm.
         with_new_lesions: Share of the recipes that have new lesions anywhere in the brain.
-        around_events: Share of the boxes placed around an event (a new lesion where there is one); the others lie
-            at random over the brain's bounding box.
+        around_events: Share of the boxes placed around an event (a new lesion where there is one); the others
+            lie at random over the brain's bounding box.
         new_mean: Mean number of new lesions in recipes that have any (1 + geometric).
         new_max: Most new lesions.
         real_share: Share of new and vanished lesions that are real ones of the case, as far as it has them.
@@ -60,7 +60,8 @@ class SynthesisConfig:
         inpainter: Weights; default: the shipped ones.
         generator: Weights; default: the shipped ones.
         painter: How synthetic lesions are made: "network".
-        precision: Of the networks: "bf16", "float32", or "auto": bf16 where the processor computes it natively.
+        precision: Of the networks: "bf16", "float32", or "auto": bf16 where the processor computes it
+            natively.
         device: Torch device of the networks.
         compression: Of the shards: "blosc-lz4" or "none".
     """
@@ -106,7 +107,9 @@ class SynthesisConfig:
         _check(self, ("volume_median_mm3",), lambda v: 4 <= v <= 3000, "in [4, 3000] mm3")
         _check(self, ("volume_log_sd",), lambda v: 0 <= v <= 3, "in [0, 3]")
         _check(self, ("max_event_mm3",), lambda v: 10 <= v <= 1e5, "in [10, 1e5] mm3")
-        _check(self, ("margin",), lambda v: 2 * REACH - 1 <= v <= 20, f"a whole number in {2 * REACH - 1}..20")
+        _check(
+            self, ("margin",), lambda v: 2 * REACH - 1 <= v <= 20, f"a whole number in {2 * REACH - 1}..20"
+        )
         low_high = lambda v: len(v) == 2 and 0.05 <= v[0] <= v[1] <= 0.95  # noqa: E731
         _check(self, ("core_share",), low_high, "two numbers in [0.05, 0.95], rising")
         _check(self, ("orientations",), lambda v: v in ("all", "mirror", "none"), "all, mirror or none")
@@ -144,7 +147,7 @@ class SynthesisConfig:
 
                 near = difflib.get_close_matches(key, known, 1)
                 hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-                raise ConfigError(f"unknown option {ascii(key)}; {hint}")
+                raise ConfigError(f"unknown option {key!a}; {hint}")
         return cls(**values)
 
     def as_dict(self) -> dict[str, Any]:
@@ -171,7 +174,7 @@ def _plain(name: str, value: Any, default: Any) -> Any:
         if not isinstance(value, wanted) or isinstance(value, bool):
             raise TypeError
     except (TypeError, OverflowError):
-        raise ConfigError(f"{name} = {ascii(value)}: must be {kinds.get(type(default), 'text')}") from None
+        raise ConfigError(f"{name} = {value!a}: must be {kinds.get(type(default), 'text')}") from None
     return value
 
 
@@ -179,7 +182,7 @@ def _check(config: SynthesisConfig, names: tuple[str, ...], good: Callable[[Any]
     for name in names:
         value = getattr(config, name)
         if not good(value):
-            raise ConfigError(f"{name} = {ascii(value)}: must be {range_}")
+            raise ConfigError(f"{name} = {value!a}: must be {range_}")
 
 
 @dataclass(frozen=True)
@@ -232,7 +235,9 @@ class LesionEvent:
         if "lesion" in plain:
             return cls("real", lesion=plain["lesion"], **common)
         i, j, k = plain["centre"]
-        return cls("synthetic", site=Site(plain["shape"], plain["mirrored"], (i, j, k)), seed=plain["seed"], **common)
+        return cls(
+            "synthetic", site=Site(plain["shape"], plain["mirrored"], (i, j, k)), seed=plain["seed"], **common
+        )
 
 
 @dataclass(frozen=True)
@@ -297,7 +302,7 @@ class Recipe:
     case_id: str
     box: Box
     events: tuple[LesionEvent, ...]
-    orientation: Orientation = Orientation()  # noqa: RUF009
+    orientation: Orientation = Orientation()
     scaling: tuple[tuple[float, float], tuple[float, float]] = ((0.0, 1.0), (0.0, 1.0))
     origin_mm: tuple[float, float, float] = (-91.0, -126.0, -72.0)
     max_event_mm3: float = 3000.0
@@ -338,7 +343,9 @@ class Recipe:
         try:
             plain = json.loads(text)
             if plain["version"] > VERSION:
-                raise ConfigError(f"recipe version {plain['version']}: update synthlong, this one reads {VERSION}")
+                raise ConfigError(
+                    f"recipe version {plain['version']}: update synthlong, this one reads {VERSION}"
+                )
             box, turn = plain["box"], plain["orientation"]
             (mean0, sd0), (mean1, sd1) = plain["scaling"]
             return cls(
@@ -494,7 +501,8 @@ def _draw_synthetic(
 def _take(taken: NDArray[np.bool_], mask: NDArray[np.bool_], box: tuple[slice, ...], margin: int) -> None:
     """Mark a lesion and its surroundings as taken."""
     wide = tuple(
-        slice(max(b.start - margin, 0), min(b.stop + margin, n)) for b, n in zip(box, taken.shape, strict=True)
+        slice(max(b.start - margin, 0), min(b.stop + margin, n))
+        for b, n in zip(box, taken.shape, strict=True)
     )
     pad = [(b.start - w.start, w.stop - b.stop) for b, w in zip(box, wide, strict=True)]
     taken[wide] |= grown(np.pad(mask, pad), margin)

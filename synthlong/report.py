@@ -253,11 +253,11 @@ def _head(out: Path, index: dict, recipes: Recipes, codes: NDArray[np.int64]) ->
         names.append(f"config {read_plan(out)['config_sha256'][:16]}")
     tile = "".join(f"<div><dd>{value}</dd><dt>{name}</dt></div>" for name, value in tiles.items())
     rows = "".join(
-        f"<tr><th scope=row>{kind}</th><td>{counts[kind, 'real']}</td><td>{counts[kind, 'synthetic']}</td></tr>"
+        f"<tr><th>{kind}</th><td>{counts[kind, 'real']}</td><td>{counts[kind, 'synthetic']}</td></tr>"
         for kind in (*_KINDS.values(), "stable", "removed")
     )
     return (
-        f'<section class="head"><dl>{tile}</dl><table><thead><tr><th scope=row>lesions, whole brain</th><td>real</td>'
+        f'<section class="head"><dl>{tile}</dl><table><thead><tr><th>lesions, whole brain</th><td>real</td>'
         f"<td>synthetic</td></tr></thead><tbody>{rows}</tbody></table></section><p>removed: real lesions "
         f"taken out of both visits · {escape(' · '.join(names))}</p>"
     )
@@ -354,21 +354,25 @@ _STYLE = """
 body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.5 system-ui,sans-serif}
 h1{font-size:1.9rem;letter-spacing:-.02em;margin:0 0 1.25rem}h2{font-size:1.3rem;margin:3rem 0 .5rem}
 h3{font-size:1rem;margin:0}h3 span{font-weight:400;color:var(--soft);margin-left:.5rem}
-p,figcaption,summary,dt,thead{color:var(--soft);font-size:.85rem}figure{margin:0;min-width:0}
+p,figcaption,summary,dt,thead,.chips{font-size:.85rem}p,figcaption,summary,dt,thead{color:var(--soft)}
 .head{display:grid;grid-template-columns:3fr 2fr;gap:2rem;align-items:start}
 dl{display:grid;grid-template-columns:1fr 1fr;gap:.75rem;margin:0}
-dl div{background:var(--card);border-radius:10px;padding:.9rem 1.1rem}dd{margin:0;font-size:1.8rem;font-weight:600}
+dl div{background:var(--card);border-radius:10px;padding:.9rem 1.1rem}
+dd{margin:0;font-size:1.8rem;font-weight:600}figure{margin:0;min-width:0}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:.9rem}
-td,th{padding:.28rem 0;border-bottom:1px solid var(--line);text-align:right}
-th[scope]{text-align:left;font-weight:400}article{border-top:1px solid var(--line);padding:1.25rem 0}figcaption{display:flex}
-.chips{display:flex;flex-wrap:wrap;gap:0 1.1rem;margin:.25rem 0 .75rem;padding:0;font-size:.85rem}
-.chips li{list-style:none}figcaption .chips{margin:0 1.1rem}.chips i{display:inline-block;width:.7em;height:.7em;border-radius:50%;margin-right:.4em}
-.bar{display:inline-block;width:7rem;height:.7em;border-radius:3px}summary{cursor:pointer;margin-top:.5rem}
+td,th{padding:.28rem 0;border-bottom:1px solid var(--line)}
+td{text-align:right}th{text-align:left;font-weight:400}
+article{border-top:1px solid var(--line);padding:1.25rem 0}summary{cursor:pointer;margin-top:.5rem}
+.chips{display:flex;flex-wrap:wrap;gap:0 1.1rem;margin:.25rem 0 .75rem;padding:0;list-style:none}
+.chips i{display:inline-block;width:.7em;height:.7em;border-radius:50%;margin-right:.4em}
+.bar{display:inline-block;width:7rem;height:.7em;border-radius:3px}
 .panels{display:grid;grid-template-columns:repeat(4,minmax(0,max-content));gap:12px}
 img{display:block;max-width:100%;height:auto;image-rendering:pixelated;border-radius:3px}
+figcaption{display:flex}figcaption .chips{margin:0 1.1rem}
 .plots{display:grid;grid-template-columns:1fr 1fr;gap:2rem}.plots path{stroke:var(--line)}
-.maps{display:grid;grid-template-columns:182fr 182fr 218fr;gap:12px}.maps svg{background:#000;border-radius:3px}
-svg{display:block;width:100%}.dots{stroke-width:2;stroke-linecap:round}text{fill:var(--soft);font-size:12px}
-@media(max-width:720px){.head,.plots,.maps{grid-template-columns:1fr}.panels{grid-template-columns:1fr 1fr}
-h3 span{display:block;margin:0}}
+.maps{display:grid;grid-template-columns:182fr 182fr 218fr;gap:12px}
+svg{display:block;width:100%}.maps svg{background:#000;border-radius:3px}
+text{fill:var(--soft);font-size:12px}.dots{stroke-width:2;stroke-linecap:round}
+@media(max-width:720px){.head,.plots,.maps{grid-template-columns:1fr}h3 span{display:block;margin:0}
+.panels{grid-template-columns:1fr 1fr}}
 """

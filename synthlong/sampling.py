@@ -22,7 +22,7 @@ MOST_DRAWS = 2000
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One training sample: `inputs` (3, S, S, S), `target` (1, S, S, S), `weight` of the loss (1, S, S, S)."""
+    """One training sample: `inputs` (3, S, S, S), `target` and `weight` of the loss (1, S, S, S)."""
 
     inputs: NDArray[np.float32]
     target: NDArray[np.float32]

@@ -18,7 +18,7 @@ from synthlong.lesions import LesionMap
 from synthlong.placement import PlacementMap, allowed_of
 from synthlong.recipe import SynthesisConfig, lesions_of, placements_of
 
-__all__ = ["open_case", "stored_stamp", "store_case"]
+__all__ = ["open_case", "store_case", "stored_stamp"]
 
 _ARRAYS = ("flair", "lesions", "brain", "tissue", "healthy")
 

@@ -1,0 +1,119 @@
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from synthlong.atlas import ASSETS
+from synthlong.dataset.shards import ShardDataset
+
+CASES = ASSETS / "cases" / "cases.csv"
+VERBS = ("demo", "check", "generate", "report", "export", "replay", "atlas", "fit")
+
+
+def synthlong(*arguments, **options):
+    command = [sys.executable, "-m", "synthlong_cli.main", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, **options)
+
+
+def test_help_needs_no_torch():
+    code = "import sys; from synthlong_cli.main import main; main(['--help']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("False")
+    assert all(verb in done.stdout for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(verb):
+    done = synthlong(verb, "--help")
+    assert done.returncode == 0
+    assert "Usage:" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["generate"], 2, "Missing"),
+        (["juggle"], 2, "No such command"),
+        (["check", "none.csv"], 1, "none.csv: no such file"),
+        (["generate", CASES, "-o", "x", "--pairs", "0", "--seed", "1"], 2, "pairs = 0"),
+        (["generate", CASES, "-o", "x", "--pairs", "two", "--seed", "1"], 2, "two"),
+        (["generate", CASES, "-o", "x", "--pairs", "1", "--seed", "1", "--config", "no.toml"], 2, "no.toml"),
+        (["generate", CASES, "-o", "/proc/x", "--pairs", "1", "--seed", "1"], 3, "proc/x"),
+        (["export", "nowhere", "-o", "x"], 1, "nowhere"),
+        (["export", "nowhere", "-o", "x", "--pairs", "a"], 2, "--pairs a"),
+        (["replay", "nowhere", "1", "-o", "x"], 1, "nowhere"),
+        (["report", "nowhere", "-o", "x.html"], 1, "nowhere"),
+        (["atlas", "nowhere.nii.gz", "-o", "x.nii.gz"], 1, "nowhere.nii.gz"),
+        (["fit", "inpainter", CASES, "-o", "w.pt"], 2, "w.pt"),
+        (["fit", "inpainter", CASES, "-o", "w.safetensors", "--sides", "big"], 2, "--sides big"),
+    ],
+)
+def test_errors_are_one_line_with_their_exit_code(tmp_path, arguments, code, said):
+    done = synthlong(*arguments, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    done = synthlong("--debug", "check", "none.csv", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_check_names_the_bad_case_and_goes_on(tmp_path):
+    for file in (ASSETS / "cases").iterdir():
+        shutil.copy(file, tmp_path)
+    flair = next(tmp_path.glob("sub-cs07*FLAIR*"))
+    flair.write_bytes(flair.read_bytes()[:-2000])
+    done = synthlong("check", tmp_path / "cases.csv")
+    lines = [line for line in done.stdout.splitlines() if not line.startswith(" ")]
+    assert done.returncode == 1
+    assert lines[0].startswith("FAIL  cs07")
+    assert flair.name in lines[0]
+    assert lines[1].startswith("ok    cs19: 182 x 218 x 182 mm, 98 lesions")
+
+
+def test_demo_is_the_whole_line_on_real_scans(tmp_path):
+    """Scans to shards, pictures and NIfTI; then a pair again, bit for bit, and the pair on the whole grid."""
+    done = synthlong("demo", "-o", tmp_path / "demo", "--pairs", 6)
+    assert done.returncode == 0, done.stderr
+    dataset = ShardDataset(tmp_path / "demo" / "pairs")
+    assert len(dataset) == 6
+    assert dataset[0]["baseline"].shape == (1, 64, 64, 64)
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert "data:image/png;base64" in page
+    assert not re.search(r"(src|href)=\"(?!data:|#)", page)
+    assert len(list((tmp_path / "demo" / "nifti").rglob("*.nii.gz"))) == 12
+
+    again = synthlong("replay", tmp_path / "demo" / "pairs", 0, "-o", tmp_path / "again", "--whole")
+    assert again.returncode == 0, again.stderr
+    recipe = next((tmp_path / "again").rglob("*recipe.json"))
+    assert json.loads(recipe.read_text())["case"] == "cs07"
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_run_leaves_no_worker_and_no_temporary(tmp_path, sent, code):
+    command = [sys.executable, "-m", "synthlong_cli.main", "generate", str(CASES), "-o", str(tmp_path / "out")]
+    command += ["--pairs", "500", "--seed", "1", "--shard-size", "4", "--workers", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 240
+    while not list((tmp_path / "out").glob("shards/*.json")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(sent)
+    assert process.wait(timeout=60) == code
+    assert "Traceback" not in process.stderr.read()
+    process.stderr.close()
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # nobody of its group is left
+    assert not list((tmp_path / "out").rglob("*.tmp-*"))

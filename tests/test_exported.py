@@ -1,0 +1,41 @@
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import synthlong
+
+ROOT = Path(synthlong.__file__).parent
+MODULES = sorted(
+    ".".join(("synthlong", *path.relative_to(ROOT).with_suffix("").parts))
+    for path in ROOT.rglob("*.py")
+    if path.name != "__init__.py" and "assets" not in path.parts
+)
+
+
+def group(name):
+    """Constants first, then classes, then functions, as ruff sorts them."""
+    return (0 if name.isupper() else 1 if name[0].isupper() else 2), name
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_each_module_says_what_it_exports(name):
+    module = import_module(name)
+    assert all(hasattr(module, n) for n in module.__all__)
+    assert list(module.__all__) == sorted(set(module.__all__), key=group)
+
+
+def test_the_top_levels_names_resolve():
+    for name in synthlong.__all__:
+        assert getattr(synthlong, name) is not None
+    assert set(dir(synthlong)) >= set(synthlong.__all__)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = synthlong.no_such_name
+
+
+@pytest.mark.parametrize("heavy", ["torch", "numba", "scipy", "nibabel"])
+def test_importing_the_package_is_light(heavy):
+    code = f"import sys, synthlong; raise SystemExit({heavy!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,186 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from synthlong import fitting
+from synthlong.errors import ConfigError, InputError
+from synthlong.fitting import FitConfig, fit, fit_on_cases
+from synthlong.networks import UNetConfig
+from synthlong.painting import LesionSampler
+from synthlong.sampling import draw_orientation, draw_variation, vary
+from synthlong.weights import read_weights
+
+NETWORK = UNetConfig(in_channels=3, out_channels=1, widths=(8, 16))
+CONFIG = FitConfig(steps=6, sides=(16,), voxels=2 * 16**3, report_every=2, precision="float32")
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(fitting, "_HELD_OUT_SAMPLES", 2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def train(small_case, tmp_path):
+    def run(name, config=CONFIG, **options):
+        sampler = LesionSampler([small_case])
+        path = tmp_path / f"{name}.safetensors"
+        wanted = {
+            "task": "generator",
+            "network": NETWORK,
+            "training": sampler,
+            "held_out": sampler,
+            **options,
+        }
+        figures = fit(config, out=path, card={"licence": "CC0"}, **wanted)
+        return path, figures
+
+    return run
+
+
+class StopError(Exception):
+    """Ctrl-C in the middle."""
+
+
+def stop_at(step):
+    def progress(done, steps, loss):
+        if done == step:
+            raise StopError
+
+    return progress
+
+
+def test_a_short_fit(train):
+    seen = []
+    path, figures = train("w", progress=lambda *point: seen.append(point))
+    assert [s[:2] for s in seen] == [(n, 6) for n in range(1, 7)]
+    assert np.isfinite([s[2] for s in seen]).all()
+    assert [p["step"] for p in figures["curve"]] == [2, 4, 6]
+    assert all(np.isfinite(list(p.values())).all() for p in figures["curve"])
+    network, _ = read_weights(path, task="generator")
+    assert network.head.weight.any()
+    card = json.loads(path.with_suffix(".json").read_text())
+    assert card["curve"] == figures["curve"]
+    assert card["licence"] == "CC0"
+    assert card["fit"]["seed"] == 0
+    assert not path.with_suffix(".checkpoint").exists()
+
+
+def test_same_seed_same_weights(train):
+    (a, _), (b, _), (c, _) = train("a"), train("b"), train("c", replace(CONFIG, seed=1))
+    assert a.read_bytes() == b.read_bytes()
+    assert a.read_bytes() != c.read_bytes()
+
+
+def test_an_interrupted_fit_goes_on_to_the_same_weights(train, monkeypatch):
+    whole, figures = train("whole")
+    monkeypatch.setattr(fitting, "_CHECKPOINT_EVERY_S", 0)
+    for step in (3, 5):
+        with pytest.raises(StopError):
+            train("broken", progress=stop_at(step))
+    seen = []
+    path, resumed = train("broken", progress=lambda done, *_: seen.append(done))
+    assert seen == [5, 6]
+    assert path.read_bytes() == whole.read_bytes()
+    assert resumed["curve"] == figures["curve"]
+    assert sorted(p.name for p in path.parent.glob("broken*")) == ["broken.json", "broken.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [
+        ({"config": replace(CONFIG, seed=9)}, "seed"),
+        ({"config": replace(CONFIG, sides=(16, 20))}, "sides"),
+        ({"task": "inpainter"}, "task"),
+        ({"network": UNetConfig(3, 1, (8, 8))}, "network"),
+    ],
+)
+def test_a_checkpoint_of_another_fit_is_refused(train, monkeypatch, changed, name):
+    monkeypatch.setattr(fitting, "_CHECKPOINT_EVERY_S", 0)
+    with pytest.raises(StopError):
+        train("w", progress=stop_at(4))
+    with pytest.raises(InputError, match=rf"other settings \({name}\)"):
+        train("w", **changed)
+
+
+@pytest.mark.parametrize("keep", [0, 50, 2000])
+def test_a_damaged_checkpoint_is_refused(train, monkeypatch, tmp_path, keep):
+    monkeypatch.setattr(fitting, "_CHECKPOINT_EVERY_S", 0)
+    with pytest.raises(StopError):
+        train("w", progress=stop_at(4))
+    path = tmp_path / "w.checkpoint"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(InputError, match=r"w\.checkpoint: the checkpoint is damaged"):
+        train("w")
+
+
+def test_a_loss_that_is_not_finite_stops(train, monkeypatch):
+    monkeypatch.setattr(fitting, "_mse", lambda *_: torch.tensor(float("nan"), requires_grad=True))
+    with pytest.raises(InputError, match="not finite at step 0"):
+        train("w")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": 0},
+        {"sides": ()},
+        {"sides": (12,)},
+        {"sides": (18,)},
+        {"learning_rate": 0.0},
+        {"learning_rate": float("nan")},
+        {"report_every": 0},
+        {"seed": -1},
+        {"precision": "fp16"},
+    ],
+)
+def test_impossible_settings_are_refused(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        FitConfig(**wrong)
+
+
+@pytest.mark.parametrize("task", ["inpainter", "generator"])
+def test_fit_on_cases_keeps_a_patient_out(small_case, tmp_path, monkeypatch, task):
+    lesions = np.zeros_like(small_case.lesions)
+    lesions[8:11, 20, 20] = lesions[9, 19:22, 20] = 1
+    cases = [replace(small_case, id=i, lesions=lesions, derived={}) for i in ("a_ses-1", "a_ses-2", "b")]
+    monkeypatch.setattr("synthlong.inpainting.NETWORK", NETWORK)
+    monkeypatch.setattr("synthlong.painting.NETWORK", NETWORK)
+    out = tmp_path / "w.safetensors"
+    config = replace(CONFIG, steps=1)
+    fit_on_cases(task, cases, out, config=config, hold_out="b", card={})
+    card = json.loads(out.with_suffix(".json").read_text())
+    assert card["patients"] == ["a", "b"]
+    assert card["held_out"] == "b"
+    assert set(card["curve"][0]) == {"step", "loss", "mae", "mae_first_guess", "bias"}
+    with pytest.raises(ConfigError, match="no such patient; there are a, b"):
+        fit_on_cases(task, cases, out, config=config, hold_out="a_ses-1", card={})
+    with pytest.raises(ConfigError, match="no patient is left"):
+        fit_on_cases(task, cases[:2], out, config=config, hold_out="a", card={})
+
+
+def test_variations_keep_the_background():
+    rng = np.random.default_rng(0)
+    x = rng.uniform(0.2, 1.8, (12, 12, 12)).astype(np.float32)
+    x[:4] = 0
+    before = x.copy()
+    for _ in range(20):
+        look = draw_variation(rng)
+        y = vary(x, look)
+        assert y.dtype == np.float32
+        assert np.array_equal(y > 0, x > 0)
+        assert np.array_equal(y, vary(x, look))
+    assert np.array_equal(x, before)
+    assert np.allclose(vary(x, type(look)()), x, atol=1e-6)
+
+
+def test_orientations_of_samples():
+    x = np.arange(27).reshape(3, 3, 3)
+    seen = {draw_orientation(np.random.default_rng(n))(x).tobytes() for n in range(600)}
+    assert len(seen) == 48

@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+import torch
+
+from synthlong.networks import UNet, UNetConfig, default_precision, infer
+
+CONFIG = UNetConfig(in_channels=3, out_channels=1, widths=(8, 16, 16))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def scrambled(config=CONFIG, seed=0):
+    """A network whose head does something."""
+    torch.manual_seed(seed)
+    network = UNet(config)
+    torch.nn.init.normal_(network.head.weight)
+    return network.eval()
+
+
+def test_shapes_follow_the_config():
+    for config in (CONFIG, UNetConfig(1, 2, (8,)), UNetConfig(2, 4, (8, 24))):
+        network = scrambled(config)
+        x = torch.randn(2, config.in_channels, 8, 12, 16)
+        assert network(x).shape == (2, config.out_channels, 8, 12, 16)
+        assert config.multiple == 2 ** (len(config.widths) - 1)
+        assert UNetConfig(**config.as_dict()) == config
+
+
+def test_an_untrained_network_changes_nothing():
+    assert not UNet(CONFIG)(torch.randn(1, 3, 8, 8, 8)).any()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"widths": (10, 16)}, {"widths": ()}, {"in_channels": 0}, {"out_channels": 0}]
+)
+def test_impossible_sizes_are_refused(wrong):
+    with pytest.raises(ValueError, match="must be"):
+        UNetConfig(**wrong)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("sides", [(16, 16, 16), (13, 17, 22), (5, 4, 7)])
+def test_any_sides_and_both_precisions(precision, sides):
+    x = np.random.default_rng(0).standard_normal((3, *sides)).astype(np.float32)
+    x.flags.writeable = False
+    y = infer(scrambled(), x, precision=precision)
+    assert y.shape == (1, *sides)
+    assert y.dtype == np.float32
+    assert y.flags.c_contiguous
+    assert np.isfinite(y).all()
+    assert y.any()
+    assert np.array_equal(y, infer(scrambled(), x, precision=precision))
+
+
+def test_bf16_is_near_float32():
+    x = np.random.default_rng(1).standard_normal((3, 16, 16, 16)).astype(np.float32)
+    a, b = (infer(scrambled(), x, precision=p) for p in ("float32", "bf16"))
+    assert np.abs(a - b).mean() < 0.05 * np.abs(a).mean()
+    assert not np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_result_does_not_depend_on_its_batch(precision):
+    network = scrambled()
+    rng = np.random.default_rng(2)
+    x, other = (rng.standard_normal((3, 16, 16, 16)).astype(np.float32) for _ in range(2))
+    alone = infer(network, x, precision=precision)
+    batch = torch.from_numpy(np.stack([other, x, other])).to(memory_format=torch.channels_last_3d)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        assert np.array_equal(alone, network(batch)[1].float().numpy())
+
+
+def test_default_precision():
+    assert default_precision() in ("bf16", "float32")

@@ -1,0 +1,104 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from synthlong.errors import InputError
+from synthlong.hole import soft_hole
+from synthlong.networks import UNet, UNetConfig
+from synthlong.painting import LesionPainter, LesionSampler
+from synthlong.weights import write_weights
+
+CONFIG = UNetConfig(in_channels=3, out_channels=1, widths=(8, 16))
+
+
+def network():
+    torch.manual_seed(0)
+    made = UNet(CONFIG).eval()
+    torch.nn.init.normal_(made.head.weight, std=0.1)
+    return made
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_paint_changes_the_lesion_alone(small_case, precision):
+    painter = LesionPainter(network(), sha256="none", precision=precision)
+    x = small_case.healthy[4:36, 4:36, 4:36].copy()
+    mask = small_case.lesions[4:36, 4:36, 4:36].copy()
+    before = x.copy()
+    painted = painter.paint(x, mask, seed=4)
+    assert painted.dtype == np.float32
+    hole = soft_hole(mask) > 0
+    assert np.array_equal(painted[~hole], x[~hole])
+    assert (painted[mask == 1] != x[mask == 1]).mean() > 0.9
+    assert (painted >= 0).all()
+    assert np.array_equal(x, before)
+    assert np.array_equal(painted, painter.paint(x, mask, seed=4))
+    assert not np.array_equal(painted, painter.paint(x, mask, seed=5))
+
+
+def test_paint_leaves_the_background_and_empty_masks_alone(small_case):
+    painter = LesionPainter(network(), sha256="none")
+    mask = np.zeros((40, 40, 40), np.uint8)
+    assert np.array_equal(painter.paint(small_case.healthy, mask, seed=0), small_case.healthy)
+    mask[20, 20, 34:38] = 1
+    painted = painter.paint(small_case.healthy, mask, seed=0)
+    assert np.array_equal(painted == 0, small_case.healthy == 0)
+
+
+def test_read(tmp_path):
+    path = tmp_path / "g.safetensors"
+    sha256 = write_weights(path, network(), task="generator", card={})
+    painter = LesionPainter.read(path)
+    assert painter.sha256 == sha256
+    x, mask = np.ones((16, 16, 16), np.float32), np.zeros((16, 16, 16))
+    mask[7:9, 7:9, 7:9] = 1
+    direct = LesionPainter(network(), sha256)
+    assert np.array_equal(painter.paint(x, mask, seed=1), direct.paint(x, mask, seed=1))
+    write_weights(path, network(), task="inpainter", card={})
+    with pytest.raises(InputError, match="of the inpainter"):
+        LesionPainter.read(path)
+
+
+def test_lesion_samples(small_case):
+    sampler = LesionSampler([small_case])
+    for n in range(20):
+        sample = sampler.draw(np.random.default_rng(n), side=16, varied=False)
+        assert sample.inputs.shape == (3, 16, 16, 16)
+        assert sample.target.shape == sample.weight.shape == (1, 16, 16, 16)
+        lesion = sample.inputs[2] > 0
+        assert lesion.sum() >= 4
+        assert (sample.weight[0][lesion] == 1).all()
+        assert (sample.target[sample.weight > 0] > 0).all()
+        assert (sample.target[0][lesion] > 1.2).all()  # the mask moves with its scan
+        away = sample.weight[0] == 0
+        assert np.array_equal(sample.inputs[0][away], sample.target[0][away])
+        assert np.array_equal(sample.inputs[1][away], sample.target[0][away])
+
+
+def test_lesion_samples_vary_but_repeat(small_case):
+    sampler = LesionSampler([small_case])
+    first, again, other = (sampler.draw(np.random.default_rng(n), side=16) for n in (1, 1, 2))
+    for name in ("inputs", "target", "weight"):
+        assert np.array_equal(getattr(first, name), getattr(again, name))
+        assert getattr(first, name).dtype == np.float32
+    assert not np.array_equal(first.target, other.target)
+    assert (first.target[first.weight > 0] > 0).all()
+
+
+def test_no_lesions_to_learn_from(small_case):
+    none = replace(small_case, lesions=np.zeros_like(small_case.lesions), derived={})
+    with pytest.raises(InputError, match="no lesions"):
+        LesionSampler([none]).draw(np.random.default_rng(0), side=16)
+    tiny = none.lesions.copy()
+    tiny[28, 20, 20] = 1
+    with pytest.raises(InputError, match="small: no lesions to learn from"):
+        LesionSampler([replace(none, lesions=tiny)]).draw(np.random.default_rng(0), side=16)

@@ -1,0 +1,217 @@
+import csv
+import json
+import warnings
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from synthlong import Recipe, ShardDataset
+from synthlong.dataset.export import export_pairs
+from synthlong.dataset.plan import read_plan, source_of
+from synthlong.dataset.replay import replay
+from synthlong.dataset.run import generate
+from synthlong.errors import ConfigError, InputError, InputWarning, OutputError
+from synthlong.recipe import SynthesisConfig
+
+SIDES = (72, 80, 64)
+CONFIG = SynthesisConfig(box=32, new_mean=4.0)
+OPTIONS = {"pairs": 7, "seed": 3, "shard_size": 3, "config": CONFIG}
+
+pytestmark = pytest.mark.filterwarnings("ignore::synthlong.errors.InputWarning")
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory, bundled):
+    """Two patients: boxes of the bundled scans around their densest lesions, as NIfTI, and their manifest."""
+    folder = tmp_path_factory.mktemp("cases")
+    with open(folder / "cases.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["subject", "flair", "mask"])
+        for subject in ("cs07", "cs19"):
+            flair, mask = (nib.load(p) for p in bundled(subject))
+            where = np.argwhere(mask.get_fdata() > 0).mean(axis=0).astype(int)
+            start = np.clip(where - np.array(SIDES) // 2, 0, np.array(flair.shape) - SIDES)
+            box = tuple(slice(a, a + n) for a, n in zip(start, SIDES, strict=True))
+            for name, image in (("FLAIR", flair), ("mask", mask)):
+                nib.save(image.slicer[box], folder / f"{subject}_{name}.nii.gz")
+            rows.writerow([subject, f"{subject}_FLAIR.nii.gz", f"{subject}_mask.nii.gz"])
+    return folder / "cases.csv"
+
+
+@pytest.fixture(scope="module")
+def run(manifest):
+    out = manifest.parent / "pairs"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InputWarning)
+        outcome = generate(manifest, out, workers=1, **OPTIONS)
+    assert (outcome.pairs, outcome.shards, outcome.made, outcome.failures) == (7, 3, 7, {})
+    return out
+
+
+def bytes_of(out):
+    return {p.relative_to(out).as_posix(): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
+
+
+def test_nothing_but_the_contract_is_left(run):
+    shards = [f"shards/0000{n}.{kind}" for n in range(3) for kind in ("h5", "json")]
+    assert sorted(bytes_of(run)) == sorted(["run.json", "index.json", *shards])
+
+
+def test_samples_are_pairs_of_case_k_mod_n(run):
+    dataset = ShardDataset(run)
+    assert len(dataset) == 7
+    for k in range(7):
+        sample = dataset[k]
+        recipe = Recipe.from_json(sample["recipe"])
+        assert recipe.case_id == ("cs07", "cs19")[k % 2]
+        assert recipe.box.size == 32
+        np.testing.assert_array_equal(sample["new_lesions"], sample["evolution"] == 2)
+        assert sample["baseline"].max() > 0.5
+    assert any(dataset[k]["new_lesions"].any() for k in range(7))
+
+
+def test_workers_do_not_change_a_byte(run, manifest, tmp_path):
+    out = manifest.parent / "again"  # beside the manifest, as the first, so that `source` is the same
+    generate(manifest, out, workers=2, **OPTIONS)
+    assert bytes_of(out) == bytes_of(run)
+
+
+def test_resume_makes_what_is_missing_or_damaged(run, manifest):
+    out = manifest.parent / "resumed"
+    generate(manifest, out, workers=1, **OPTIONS)
+    (out / "index.json").unlink()
+    (out / "shards" / "00000.json").unlink()
+    damaged = bytearray((out / "shards" / "00002.h5").read_bytes())
+    damaged[-500] ^= 1
+    (out / "shards" / "00002.h5").write_bytes(damaged)
+    stages = []
+    outcome = generate(manifest, out, workers=1, progress=lambda *args: stages.append(args), **OPTIONS)
+    assert outcome.made == 4  # shards 0 (3 pairs) and 2 (1 pair)
+    assert stages[-1] == ("pairs", 7, 7)
+    assert bytes_of(out) == bytes_of(run)
+    again = generate(manifest, out, workers=1, **OPTIONS)
+    assert (again.made, again.pairs) == (0, 7)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"seed": 4}, "seed: 3 -> 4"), ({"config": SynthesisConfig(box=32)}, "config.new_mean: 4.0 -> 3.0")],
+)
+def test_another_run_in_the_folder_is_refused(run, manifest, change, named):
+    before = bytes_of(run)
+    with pytest.raises(ConfigError, match=named):
+        generate(manifest, run, workers=1, **(OPTIONS | change))
+    assert bytes_of(run) == before
+
+
+def test_changed_input_is_refused(run, manifest, tmp_path):
+    copy = tmp_path / "pairs"
+    copy.mkdir()
+    for name, data in bytes_of(run).items():
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_bytes(data)
+    for file in manifest.parent.glob("cs*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "cases.csv").write_bytes(manifest.read_bytes())
+    image = nib.load(tmp_path / "cs19_FLAIR.nii.gz")
+    nib.save(nib.Nifti1Image(image.get_fdata() * 1.5, image.affine), tmp_path / "cs19_FLAIR.nii.gz")
+    with pytest.raises(ConfigError, match=r"cases\.cs19\.flair"):
+        generate(tmp_path / "cases.csv", copy, workers=1, **OPTIONS)
+    with pytest.raises(InputError, match=r"cs19_FLAIR\.nii\.gz: has changed since the run"):
+        replay(copy, 1, source=tmp_path / "cases.csv")
+
+
+def test_bad_case_is_left_out_or_strict(manifest, tmp_path):
+    for file in manifest.parent.glob("cs*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "cases.csv").write_bytes(manifest.read_bytes())
+    whole = (tmp_path / "cs07_FLAIR.nii.gz").read_bytes()
+    (tmp_path / "cs07_FLAIR.nii.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"1 of 2 cases cannot be used .*cs07_FLAIR"):
+        generate(tmp_path / "cases.csv", tmp_path / "strict", workers=1, strict=True, **OPTIONS)
+    assert not (tmp_path / "strict").exists()
+    outcome = generate(tmp_path / "cases.csv", tmp_path / "out", workers=1, **(OPTIONS | {"pairs": 2}))
+    assert list(outcome.failures) == ["cs07"]
+    failed = json.loads((tmp_path / "out" / "failures.json").read_text())["failed"]
+    assert "cs07_FLAIR.nii.gz" in failed["cs07"]
+    assert str(tmp_path) not in failed["cs07"]
+    dataset = ShardDataset(tmp_path / "out")
+    assert {Recipe.from_json(dataset[k]["recipe"]).case_id for k in range(2)} == {"cs19"}
+
+
+def test_foreign_folder_is_left_alone(manifest, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"thesis\.txt"):
+        generate(manifest, tmp_path, **OPTIONS)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+    with pytest.raises(OutputError, match="is not a folder"):
+        generate(manifest, tmp_path / "thesis.txt", **OPTIONS)
+
+
+@pytest.mark.parametrize("option", ["pairs", "shard_size", "seed"])
+def test_options_out_of_range(manifest, tmp_path, option):
+    with pytest.raises(ConfigError, match=f"{option} = -1"):
+        generate(manifest, tmp_path / "out", **(OPTIONS | {option: -1}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_tells_of_the_machine(run, manifest):
+    for name, data in bytes_of(run).items():
+        assert str(manifest.parent).encode() not in data, name
+    assert source_of(run, read_plan(run)).resolve() == manifest
+
+
+def test_replay_gives_the_pair_again(run):
+    for k in (0, 3):
+        pair = replay(run, k)  # compares every array with the shard, bit for bit
+        assert pair.baseline.shape == (32, 32, 32)
+    whole = replay(run, 3, whole=True)
+    assert sorted(whole.baseline.shape) == sorted(SIDES)
+    with pytest.raises(ConfigError, match=r"has pairs 0\.\.6, not 7"):
+        replay(run, 7)
+
+
+def test_replay_notices_a_pair_that_differs(run, monkeypatch):
+    from synthlong.dataset import replay as module
+    from synthlong.errors import SynthlongError
+
+    honest = module.render
+
+    def off_by_a_little(*args, **kwargs):
+        pair = honest(*args, **kwargs)
+        pair.followup[5, 5, 5] += 0.5
+        return pair
+
+    monkeypatch.setattr(module, "render", off_by_a_little)
+    with pytest.raises(SynthlongError, match="pair 0 does not come out as stored"):
+        replay(run, 0)
+
+
+def test_export_is_bids_with_true_geometry(run, tmp_path):
+    export_pairs(run, tmp_path, numbers=[2])
+    files = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.nii.gz")}
+    derived = "derivatives/synthlong/sub-syn0002/sub-syn0002_space-MNI152_desc-"
+    masks = ("newLesions_mask", "evolution_dseg", "lesionsBaseline_mask", "lesionsFollowup_mask")
+    visits = {f"sub-syn0002/ses-{s}/anat/sub-syn0002_ses-{s}_FLAIR.nii.gz" for s in (1, 2)}
+    assert files == visits | {f"{derived}{m}.nii.gz" for m in masks}
+    sample = ShardDataset(run)[2]
+    image = nib.load(tmp_path / "sub-syn0002/ses-2/anat/sub-syn0002_ses-2_FLAIR.nii.gz")
+    np.testing.assert_array_equal(image.get_fdata(dtype=np.float32), sample["followup"][0].numpy())
+    assert np.allclose(np.abs(np.linalg.det(image.affine)), 1)
+    with pytest.raises(ConfigError, match=r"has pairs 0\.\.6, not 9"):
+        export_pairs(run, tmp_path, numbers=[9])
+
+
+def test_exported_voxels_lie_where_the_scan_has_them(run, manifest, tmp_path):
+    """A voxel far from lesions has the scan's own intensity at the same millimetres, whatever the orientation."""
+    k = 2
+    export_pairs(run, tmp_path, numbers=[k])
+    image = nib.load(tmp_path / "sub-syn0002/ses-1/anat/sub-syn0002_ses-1_FLAIR.nii.gz")
+    scan = nib.load(manifest.parent / "cs07_FLAIR.nii.gz")
+    box, raw = image.get_fdata(), scan.get_fdata()
+    to_scan = np.linalg.inv(scan.affine) @ image.affine
+    where = np.argwhere(box > 0.2)[::97]
+    there = np.rint(where @ to_scan[:3, :3].T + to_scan[:3, 3]).astype(int)
+    ratio = raw[tuple(there.T)] / box[tuple(where.T)]
+    assert np.mean(np.abs(ratio / np.median(ratio) - 1) < 0.01) > 0.9  # the rest are lesions that changed
