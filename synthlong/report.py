@@ -6,8 +6,6 @@ Pictures are PNGs inside the page, plots inline SVG, no scripts. The same run gi
 from __future__ import annotations
 
 import base64
-import struct
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -21,29 +19,26 @@ from synthlong.atlas import lesion_prior
 from synthlong.dataset.plan import read_plan
 from synthlong.dataset.shards import ShardDataset, publish, read_index
 from synthlong.errors import ConfigError
+from synthlong.pair import ENLARGED, NEW, SHRUNK, STABLE, VANISHED
+from synthlong.pictures import (
+    COLOURS,
+    DIFFERENCE_STOPS,
+    DIFFERENCE_TOP,
+    GRAY_TOP,
+    Picture,
+    gray_pixels,
+    panels,
+    png_bytes,
+    upright,
+)
 from synthlong.recipe import LesionEvent, Recipe
 
 __all__ = ["write_report"]
 
-_STABLE, _NEW, _VANISHED, _ENLARGED, _SHRUNK = 1, 2, 3, 4, 5  # codes of `evolution`
-_KINDS = {_NEW: "new", _VANISHED: "vanished", _ENLARGED: "enlarging", _SHRUNK: "shrinking"}
-_COLOURS = {
-    _STABLE: "#57b894",
-    _NEW: "#ff4f4f",
-    _VANISHED: "#4aa3ff",
-    _ENLARGED: "#ffb020",
-    _SHRUNK: "#b97bff",
-}
+_KINDS = {NEW: "new", VANISHED: "vanished", ENLARGED: "enlarging", SHRUNK: "shrinking"}
 _SOURCES = {"real": "#8a94a3", "synthetic": "#e2632b"}
-_PLANES = ("sagittal", "coronal", "axial")
-_GRAY_TOP, _DIFFERENCE_TOP = 2.0, 0.5
-_PICTURE = 256
 _AROUND = np.ones((3, 3, 3), bool)
-_DIVERGING = np.array(
-    [[176, 232, 255], [28, 112, 226], [24, 24, 29], [228, 92, 32], [255, 226, 138]], np.float64
-)
-
-Picture = NDArray[np.uint8]
+_PLANES = ("sagittal", "coronal", "axial")
 Recipes = Sequence[Recipe]
 
 
@@ -85,7 +80,7 @@ def write_report(out: Path, page: Path, *, samples: int = 12, title: str = "Synt
 
 def _chosen(codes: NDArray[np.int64], samples: int) -> list[int]:
     """Return the rows to show; `codes` counts each row's voxels of each code of `evolution`."""
-    new, changed = codes[:, _NEW] > 0, (codes[:, _VANISHED:] > 0).any(axis=1)
+    new, changed = codes[:, NEW] > 0, (codes[:, VANISHED:] > 0).any(axis=1)
     groups = [np.flatnonzero(group) for group in (new, ~new & changed, ~new & ~changed)]
     shares = [samples - 2 * (samples // 6), samples // 6, samples // 6]
     counts = [min(len(g), share) for g, share in zip(groups, shares, strict=True)]
@@ -116,7 +111,7 @@ def _changes(recipe: Recipe, evolution: Picture) -> list[tuple[int, str]]:
     for code, kind in _KINDS.items():
         changed = evolution == code
         events = [e for e in recipe.events if e.kind == kind]
-        parts, n = ndimage.label(changed | (evolution == _STABLE) & (code in (_ENLARGED, _SHRUNK)), _AROUND)
+        parts, n = ndimage.label(changed | (evolution == STABLE) & (code in (ENLARGED, SHRUNK)), _AROUND)
         sizes = np.bincount(parts[changed], minlength=n + 1)
         seats = {parts[seat]: e for e in events if (seat := _seat(e, recipe))}
         for part in sorted(np.flatnonzero(sizes), key=lambda p: -sizes[p]):
@@ -134,62 +129,16 @@ def _changes(recipe: Recipe, evolution: Picture) -> list[tuple[int, str]]:
     return found
 
 
-# Pictures
+def _data_uri(picture: Picture) -> str:
+    return "data:image/png;base64," + base64.b64encode(png_bytes(picture)).decode()
 
 
-def _png(pixels: Picture) -> str:
-    """Return gray `(rows, columns)` or colour `(rows, columns, 3)` pixels as a PNG in a data URI."""
-    rows, columns = pixels.shape[:2]
-    flat = pixels.reshape(rows, -1)
-    above = np.vstack([np.zeros_like(flat[:1]), flat[:-1]])
-    filtered = np.hstack([np.full((rows, 1), 2, np.uint8), flat - above])  # filter 2: minus the pixel above
-    head = struct.pack(">IIBBBBB", columns, rows, 8, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
-    chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(filtered.tobytes(), 9)), (b"IEND", b""))
-    data = b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-        for name, body in chunks
-    )
-    return "data:image/png;base64," + base64.b64encode(data).decode()
-
-
-def _upright(plane: NDArray) -> NDArray:
-    """Return a slice as rows and columns: its first axis to the right, its second one upwards."""
-    return plane.swapaxes(0, 1)[::-1]
-
-
-def _gray(plane: NDArray) -> Picture:
-    return np.rint(np.clip(plane / _GRAY_TOP, 0, 1) * 255).astype(np.uint8)
-
-
-def _diverging(plane: NDArray) -> Picture:
-    at, stops = np.clip(plane / _DIFFERENCE_TOP, -1, 1), np.linspace(-1, 1, len(_DIVERGING))
-    return np.stack([np.rint(np.interp(at, stops, c)) for c in _DIVERGING.T], axis=-1).astype(np.uint8)
-
-
-def _outlined(gray: Picture, evolution: Picture) -> Picture:
-    """Return a gray picture in colour with a line just outside each kind of lesion, new ones on top."""
-    colour = np.repeat(gray[..., None], 3, axis=2)
-    for code in (_STABLE, _SHRUNK, _ENLARGED, _VANISHED, _NEW):
-        mask = evolution == code
-        edge = ndimage.binary_dilation(mask, _AROUND[0]) & ~ndimage.binary_erosion(mask, border_value=1)
-        colour[edge] = np.frombuffer(bytes.fromhex(_COLOURS[code][1:]), np.uint8)
-    return colour
-
-
-def _panels(baseline: NDArray, followup: NDArray, evolution: Picture, *, alt: str) -> str:
-    """Return the four pictures of one slice, each voxel a square of whole pixels."""
-    zoom = np.ones((max(1, _PICTURE // len(baseline)),) * 2, np.uint8)
-    gray, codes = np.kron(_gray(followup), zoom), np.kron(evolution, zoom)
-    pictures = {
-        "baseline": np.kron(_gray(baseline), zoom),
-        "follow-up": gray,
-        "difference": np.kron(_diverging(followup - baseline), zoom[..., None]),
-        "follow-up, outlined": _outlined(gray, codes),
-    }
+def _figures(baseline: NDArray, followup: NDArray, evolution: Picture, *, alt: str) -> str:
+    """Return the four pictures of one slice."""
     figures = [
-        f'<figure><img src="{_png(picture)}" width="{picture.shape[1]}" height="{picture.shape[0]}" '
+        f'<figure><img src="{_data_uri(picture)}" width="{picture.shape[1]}" height="{picture.shape[0]}" '
         f'alt="{name}, {alt}"><figcaption>{name}</figcaption></figure>'
-        for name, picture in pictures.items()
+        for name, picture in panels(baseline, followup, evolution).items()
     ]
     return f'<div class="panels">{"".join(figures)}</div>'
 
@@ -202,7 +151,7 @@ def _chips(items: Iterable[tuple[str, str]]) -> str:
 
 def _focus(evolution: Picture) -> tuple[list[int], NDArray[np.int64]]:
     """Return the slice of each axis through the box's foremost lesion, and the axes, best plane first."""
-    codes = [c for c in (*_KINDS, _STABLE) if (evolution == c).any()]
+    codes = [c for c in (*_KINDS, STABLE) if (evolution == c).any()]
     if not codes:
         return [n // 2 for n in evolution.shape], np.array([2, 1, 0])
     parts, n = ndimage.label(evolution == codes[0], _AROUND)
@@ -220,11 +169,11 @@ def _pair(
     for axis in axes:
         plane = _PLANES[recipe.orientation.axes[axis]]
         name = f"plane across array axis {axis} at {at[axis]} (the scan's {plane})"
-        cut = [_upright(volume.take(at[axis], axis)) for volume in (baseline, followup, evolution)]
-        rows.append((name, _panels(*cut, alt=f"pair {number}, {name}")))
-    changes = [(_COLOURS[code], text) for code, text in _changes(recipe, evolution)]
+        cut = [upright(volume.take(at[axis], axis)) for volume in (baseline, followup, evolution)]
+        rows.append((name, _figures(*cut, alt=f"pair {number}, {name}")))
+    changes = [(COLOURS[code], text) for code, text in _changes(recipe, evolution)]
     if stable := sum(e.kind == "stable" and _seat(e, recipe) is not None for e in recipe.events):
-        changes.append((_COLOURS[_STABLE], f"stable, {stable} synthetic"))
+        changes.append((COLOURS[STABLE], f"stable, {stable} synthetic"))
     placed = "around an event" if recipe.box.placed == "event" else "placed uniformly"
     more = "".join(f"<p>{name}</p>{panels}" for name, panels in rows[1:])
     return (
@@ -245,7 +194,7 @@ def _head(out: Path, index: dict, recipes: Recipes, codes: NDArray[np.int64]) ->
         "pairs": f"{len(recipes)}",
         "subjects": f"{len(subjects)}",
         "have new lesions in the brain": f"{with_new:.0%}",
-        "have new lesions in the box": f"{np.mean(codes[:, _NEW] > 0):.0%}",
+        "have new lesions in the box": f"{np.mean(codes[:, NEW] > 0):.0%}",
     }
     counts = Counter((e.kind, e.source) for recipe in recipes for e in recipe.events)
     names = [index["schema"], f"run {index['run_id']}", f"index {index['sha256'][:16]}"]
@@ -265,13 +214,13 @@ def _head(out: Path, index: dict, recipes: Recipes, codes: NDArray[np.int64]) ->
 
 def _legend() -> str:
     """Return what the pictures' grays and colours mean."""
-    stops = ",".join(f"rgb{tuple(int(c) for c in stop)}" for stop in _DIVERGING)
+    stops = ",".join(f"rgb{tuple(int(c) for c in stop)}" for stop in DIFFERENCE_STOPS)
     bar = f'<b class="bar" style="background:linear-gradient(90deg,{stops})"></b>'
-    kinds = {**_KINDS, _STABLE: "stable"}.items()
+    kinds = {**_KINDS, STABLE: "stable"}.items()
     return (
         "<h2>Pairs</h2><p>Slices through the largest change of each pair, new lesions first. Gray: 0 to "
-        f"{_GRAY_TOP:g}, brain mode 1. Difference, follow-up minus baseline: &minus;{_DIFFERENCE_TOP} {bar} "
-        f"+{_DIFFERENCE_TOP}. Outlined at follow-up:</p>{_chips((_COLOURS[c], kind) for c, kind in kinds)}"
+        f"{GRAY_TOP:g}, brain mode 1. Difference, follow-up minus baseline: &minus;{DIFFERENCE_TOP} {bar} "
+        f"+{DIFFERENCE_TOP}. Outlined at follow-up:</p>{_chips((COLOURS[c], kind) for c, kind in kinds)}"
     )
 
 
@@ -323,11 +272,13 @@ def _placements(recipes: Recipes) -> str:
     for axis, sides in ((2, "left to right, front up"), (1, "left to right"), (0, "back to front")):
         x, y = (a for a in range(3) if a != axis)
         width, height = frequency.shape[x], frequency.shape[y]
-        shade = _upright(np.sqrt(frequency.max(axis=axis) / frequency.max()))
-        drawn = f'<image href="{_png(_gray(shade * _GRAY_TOP))}" width="{width}" height="{height}"/>'
-        for chosen, code in ((~new, _VANISHED), (new, _NEW)):
+        shade = upright(np.sqrt(frequency.max(axis=axis) / frequency.max()))
+        drawn = (
+            f'<image href="{_data_uri(gray_pixels(shade * GRAY_TOP))}" width="{width}" height="{height}"/>'
+        )
+        for chosen, code in ((~new, VANISHED), (new, NEW)):
             at = "".join(f"M{v[x] + 0.5:g} {height - v[y] - 0.5:g}h0" for v in voxels[chosen & inside])
-            drawn += f'<path class="dots" stroke="{_COLOURS[code]}" d="{at}"/>'
+            drawn += f'<path class="dots" stroke="{COLOURS[code]}" d="{at}"/>'
         figures.append(
             f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="centres">{drawn}</svg>'
             f"<figcaption>{_PLANES[axis]}, {sides}</figcaption></figure>"
@@ -335,7 +286,7 @@ def _placements(recipes: Recipes) -> str:
     return (
         f"<h2>Where synthetic lesions lie</h2><p>{int(inside.sum())} centres over the shipped lesion prior "
         f"(square root of its maximum along the line of sight)</p>"
-        f"{_chips([(_COLOURS[_NEW], 'new'), (_COLOURS[_VANISHED], 'other kinds')])}"
+        f"{_chips([(COLOURS[NEW], 'new'), (COLOURS[VANISHED], 'other kinds')])}"
         f'<div class="maps">{"".join(figures)}</div>'
     )
 

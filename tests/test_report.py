@@ -18,7 +18,7 @@ from synthlong.dataset.shards import Sample, write_index, write_shard
 from synthlong.errors import ConfigError, InputError
 from synthlong.placement import Site
 from synthlong.recipe import Box, LesionEvent, Orientation, Recipe, SynthesisConfig
-from synthlong.report import _changes, _chosen, _png, write_report
+from synthlong.report import _changes, _chosen, _data_uri, write_report
 
 SIDE, START = 16, (60, 100, 80)
 TURN = Orientation((2, 0, 1), (True, False, True))
@@ -141,7 +141,7 @@ def decode_png(uri: str) -> np.ndarray:
 @pytest.mark.parametrize("shape", [(5, 7), (7, 5, 3), (1, 1)])
 def test_png_decodes_to_its_pixels(shape: tuple[int, ...]) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, shape).astype(np.uint8)
-    assert np.array_equal(decode_png(_png(pixels)), pixels)
+    assert np.array_equal(decode_png(_data_uri(pixels)), pixels)
 
 
 def test_page_is_whole_and_alone(page: Path) -> None:

@@ -1,0 +1,40 @@
+"""The picture in the README: a pair of a run, cut through its largest new lesion.
+
+    synthlong demo -o demo
+    python examples/plot_pair.py demo/pairs docs/pair.png [NUMBER]
+
+Without NUMBER, the pair with the largest synthetic new lesion in its box.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from synthlong import Recipe, ShardDataset
+from synthlong.pictures import panels, png_bytes, upright
+
+
+def main(run: str, page: str, number: str | None = None) -> None:
+    dataset = ShardDataset(run)
+    if number is None:
+        sizes = [int(dataset[k]["new_lesions"].sum()) for k in range(len(dataset))]
+        number = str(int(np.argmax(sizes)))
+    sample = dataset[int(number)]
+    recipe = Recipe.from_json(sample["recipe"])
+    across = recipe.orientation.axes.index(2)  # the scan's axial plane
+    volumes = [sample[key][0].numpy() for key in ("baseline", "followup", "evolution")]
+    new = sample["new_lesions"][0].numpy()
+    at = int(new.sum(axis=tuple(a for a in range(3) if a != across)).argmax())
+    cuts = [upright(v.take(at, across)) for v in volumes]
+    shown = panels(*cuts, side=320)
+    row = []
+    for name in ("baseline", "follow-up", "difference", "follow-up, outlined"):
+        picture = shown[name]
+        row.append(picture if picture.ndim == 3 else np.repeat(picture[..., None], 3, axis=2))
+        row.append(np.full((picture.shape[0], 8, 3), 255, np.uint8))
+    Path(page).write_bytes(png_bytes(np.concatenate(row[:-1], axis=1)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
