@@ -46,7 +46,7 @@ def main() -> None:
         size = sum(p.stat().st_size for p in Path(folder).rglob("*.h5")) / options.pairs
     rate = outcome.made / outcome.seconds
     print(f"generate: {outcome.made} pairs, {options.workers} workers: {rate:.2f} pairs/s", end="")
-    print(f" ({outcome.seconds:.1f} s; {whole - outcome.seconds:.1f} s before that for 2 cases), {size / 1e6:.2f} MB a pair")
+    print(f" ({outcome.seconds:.1f} s; {whole - outcome.seconds:.1f} s to prepare 2 cases), {size / 1e6:.2f} MB a pair")
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
     print(f"peak memory of the largest worker: {children:.2f} GB")
 

@@ -13,13 +13,17 @@ def demo(
     seed: int = typer.Option(7, help="Seed of every draw."),
 ) -> None:
     """Turn two real scans that come with the package into pairs, shards and a page with pictures."""
+    import warnings
+
     from synthlong.dataset.export import export_pairs
     from synthlong.dataset.plan import bundled_cases
     from synthlong.dataset.run import generate as run
+    from synthlong.errors import InputWarning
     from synthlong.report import write_report
 
     from .progress import progress_bar
 
+    warnings.simplefilter("ignore", InputWarning)  # what `check` says of these two scans is known
     with progress_bar() as show:
         outcome = run(bundled_cases(), out / "pairs", pairs=pairs, seed=seed, shard_size=8, progress=show)
     write_report(out / "pairs", out / "report.html")

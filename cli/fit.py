@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-import sys
+import subprocess
 from enum import StrEnum
 from pathlib import Path
 
@@ -36,12 +36,13 @@ def fit(
     Goes on from its checkpoint when stopped and called again.
     """
     import torch
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     import synthlong
     from synthlong.errors import ConfigError
     from synthlong.fitting import FitConfig, fit_on_cases
     from synthlong.manifest import read_cases
+
+    from .progress import progress_bar
 
     try:
         config = FitConfig(
@@ -61,15 +62,25 @@ def fit(
     words = ["synthlong", "fit", task.value, cases.name, "-o", out.name]
     words += ["--steps", str(steps), "--learning-rate", str(learning_rate), "--sides", sides, "--seed", str(seed)]
     words += ["--hold-out", hold_out] if hold_out else []
-    card = {"command": shlex.join(words), "licence": licence, "version": synthlong.__version__}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not sys.stderr.isatty()) as bars:
-        bar = bars.add_task("training", total=steps)
-
-        def show(step: int, _: int, loss: float) -> None:
-            bars.update(bar, completed=step, description=f"loss {loss:.4f}")
-
-        loaded = list(read_cases(cases))
-        figures = fit_on_cases(task.value, loaded, out, config=config, hold_out=hold_out, card=card, progress=show)
+    card = {"command": shlex.join(words), "licence": licence, "version": synthlong.__version__, "commit": _commit()}
+    with progress_bar() as show:
+        figures = fit_on_cases(
+            task.value,
+            list(read_cases(cases)),
+            out,
+            config=config,
+            hold_out=hold_out,
+            card=card,
+            progress=lambda step, total, loss: show(f"steps, loss {loss:.4f}", step, total),
+        )
     last = figures["curve"][-1]
     typer.echo(f"{out.name}: " + ", ".join(f"{k} {v:g}" for k, v in last.items()))
+
+
+def _commit() -> str | None:
+    """Return the commit of the code, None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -9,7 +9,6 @@ import warnings
 from typing import Any
 
 import typer
-from rich.console import Console
 
 from . import atlas, check, demo, export, fit, generate, replay, report
 
@@ -96,8 +95,6 @@ def _explain(error: Exception) -> int:
     print(f"error: {type(error).__name__}: {error}; run again with --debug for the traceback", file=sys.stderr)
     return 1
 
-
-console = Console(stderr=True)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,7 +11,10 @@ __all__ = ["progress_bar"]
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """Yield a function (stage, done, total) that moves the bar: done, rate and time left."""
+    """Yield a function (stage, done, total) that moves the bar of a stage: done, rate and time left.
+
+    A stage is named by its unit; what follows a comma is shown and may change.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -26,10 +29,11 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as view:
 
         def show(stage: str, done: int, total: int) -> None:
-            if stage not in bars:
-                bars[stage] = view.add_task(stage, total=total, rate="")
-            speed = view.tasks[bars[stage]].speed
-            rate = f"{speed:.1f} {stage}/s" if speed else ""
-            view.update(bars[stage], completed=done, total=total, rate=rate)
+            unit = stage.split(",")[0]
+            if unit not in bars:
+                bars[unit] = view.add_task(stage, total=total, rate="")
+            speed = view.tasks[bars[unit]].speed
+            rate = f"{speed:.1f} {unit}/s" if speed else ""
+            view.update(bars[unit], description=stage, completed=done, total=total, rate=rate)
 
         yield show

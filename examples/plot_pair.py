@@ -1,9 +1,7 @@
 """The picture in the README: a pair of a run, cut through its largest new lesion.
 
-    synthlong demo -o demo
-    python examples/plot_pair.py demo/pairs docs/pair.png [NUMBER]
-
-Without NUMBER, the pair with the largest synthetic new lesion in its box.
+Run `synthlong demo -o demo` first, then `python examples/plot_pair.py demo/pairs docs/pair.png [NUMBER]`. Without
+NUMBER it shows the pair with the largest new lesion in its box.
 """
 
 import sys

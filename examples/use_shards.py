@@ -1,7 +1,6 @@
-"""Read what `generate` wrote: a DataLoader over shards, and a pair drawn and rendered by hand.
+"""Read what `generate` wrote: a DataLoader over shards; then a pair drawn and rendered by hand.
 
-    synthlong demo -o demo
-    python examples/use_shards.py demo/pairs
+Run `synthlong demo -o demo` first, then `python examples/use_shards.py demo/pairs`.
 """
 
 import sys

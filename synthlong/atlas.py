@@ -139,9 +139,7 @@ def sample_map(
     if np.allclose(matrix, np.eye(3), atol=1e-6) and np.allclose(offset, shift, atol=1e-4):
         return _shifted(values, shift.astype(int), tuple(shape))
     source = np.asarray(values, np.float32)
-    return ndimage.affine_transform(
-        source, matrix, offset, tuple(shape), order=order, mode="grid-constant", cval=0.0
-    )
+    return ndimage.affine_transform(source, matrix, offset, tuple(shape), order=order, mode="grid-constant", cval=0.0)
 
 
 def mirror(values: NDArray) -> NDArray:
@@ -255,9 +253,7 @@ def held_out_log_likelihood(
         scores[subject] = float(weight @ np.log(density) / weight.sum())
         count, lost = count + float(mean.sum()), lost + float(mean[~brain].sum())
     values = np.array(list(scores.values()))
-    return HeldOut(
-        float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))), scores, lost / count
-    )
+    return HeldOut(float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))), scores, lost / count)
 
 
 def write_prior(
@@ -349,9 +345,7 @@ def _read_prior(path: str, version: tuple[int, int] | None) -> Array:
         raise InputError(path, f"values from {low:g} to {high:g}", "a lesion frequency lies between 0 and 1")
     frequency = sample_map(volume.data, volume.affine, MNI_SHAPE, mni_affine())
     if not frequency.any():
-        raise InputError(
-            path, "no positive value on the MNI152 grid", "give a lesion frequency in MNI152 space"
-        )
+        raise InputError(path, "no positive value on the MNI152 grid", "give a lesion frequency in MNI152 space")
     frequency.setflags(write=False)
     return frequency
 

@@ -339,9 +339,7 @@ def _mode(values: NDArray[np.float32]) -> float:
     low, high = np.percentile(values, (0.1, 99.9))
     counts, edges = np.histogram(values, bins=_KNOT_GRID, range=(float(low), float(high)))
     sd = float(values.std(dtype=np.float64))
-    bandwidth = (
-        0.9 * (min(sd, np.subtract(*np.percentile(values, (75, 25))) / 1.349) or sd) * values.size**-0.2
-    )
+    bandwidth = 0.9 * (min(sd, np.subtract(*np.percentile(values, (75, 25))) / 1.349) or sd) * values.size**-0.2
     sigma = bandwidth / (edges[1] - edges[0])
     density = ndimage.gaussian_filter1d(counts.astype(float), sigma, mode="constant")
     best = int(density.argmax())

@@ -276,9 +276,7 @@ def _resume(
         raise InputError(path, f"the checkpoint is damaged ({type(error).__name__})", "remove it") from error
     changed = sorted(k for k in settings if settings[k] != made.get(k, settings[k]))
     if changed:
-        raise InputError(
-            path, f"the checkpoint was made with other settings ({', '.join(changed)})", "remove it"
-        )
+        raise InputError(path, f"the checkpoint was made with other settings ({', '.join(changed)})", "remove it")
     model.load_state_dict(state["model"])
     adam.load_state_dict(state["adam"])
     return state["step"], state["curve"], state["seconds"]

@@ -81,9 +81,7 @@ class Inpainter:
             seen = corrupt(part, hole, hole, seed=seed + place)
             seen[1] = guess[window]
             fade = _fade(part.shape)
-            change[window] += (
-                fade * infer(self.network, seen, precision=self.precision, device=self.device)[0]
-            )
+            change[window] += fade * infer(self.network, seen, precision=self.precision, device=self.device)[0]
             total[window] += fade
         filled = np.maximum(guess + change / np.maximum(total, 1e-6), 0)
         return np.where(weight > 0, x + weight * (filled - x), x)
@@ -104,9 +102,7 @@ def _windows(hole: NDArray[np.bool_]) -> list[tuple[slice, ...]]:
     for i in lattice[0]:
         for j in lattice[1]:
             for k in lattice[2]:
-                window = tuple(
-                    slice(a, min(a + _WINDOW, n)) for a, n in zip((i, j, k), hole.shape, strict=True)
-                )
+                window = tuple(slice(a, min(a + _WINDOW, n)) for a, n in zip((i, j, k), hole.shape, strict=True))
                 if hole[window].any():
                     windows.append(window)
     return windows

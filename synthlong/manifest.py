@@ -120,9 +120,7 @@ def _in_manifest(path: Path) -> Iterator[CaseFiles]:
             missing = [c for c in _COLUMNS if c not in columns]
             if missing:
                 problem = f"column{'s' * (len(missing) > 1)} missing: {', '.join(missing)}"
-                raise InputError(
-                    path, problem, "the first line must read subject,flair,mask[,t1,brain,tissue]"
-                )
+                raise InputError(path, problem, "the first line must read subject,flair,mask[,t1,brain,tissue]")
             if twice := {c for c in columns if c in _KNOWN and columns.count(c) > 1}:
                 raise InputError(path, f"columns named twice: {', '.join(sorted(twice))}", "keep one of each")
             unknown = [c for c in columns if c and c not in _KNOWN]

@@ -267,9 +267,7 @@ def _affine(path: Path, layout: _Layout, prefer: str | None) -> tuple[NDArray[np
         raise InputError(path, problem, "pass --prefer sform or --prefer qform")
     sides = np.linalg.norm(affine[:3, :3], axis=0)
     if not (np.isfinite(affine).all() and np.all((sides > 1e-3) & (sides < 1e3))):
-        raise InputError(
-            path, "its affine is not finite or has no plausible voxel size", "correct its header"
-        )
+        raise InputError(path, "its affine is not finite or has no plausible voxel size", "correct its header")
     if abs(np.linalg.det(affine[:3, :3] / sides)) < 1e-3:
         raise InputError(path, "its affine is singular", "correct its header")
     return affine, bool(coded)

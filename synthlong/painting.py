@@ -42,9 +42,7 @@ class LesionPainter:
         return Path(__file__).parent / "assets" / "generator.safetensors"
 
     @classmethod
-    def read(
-        cls, path: Path | None = None, *, precision: str = "float32", device: str = "cpu"
-    ) -> LesionPainter:
+    def read(cls, path: Path | None = None, *, precision: str = "float32", device: str = "cpu") -> LesionPainter:
         """Read weights (default: the shipped ones)."""
         network, sha256 = read_weights(path or cls.default_path(), task="generator")
         return cls(network.to(device), sha256, precision, device)
@@ -76,10 +74,7 @@ class LesionSampler:
         self.cases = cases
         self._lesions = [find_lesions(c.lesions, max_event_mm3=3000.0) for c in cases]
         self._voxels = [
-            [
-                np.argwhere(m.labels[box] == n) + [s.start for s in box]
-                for n, box in enumerate(m.boxes, start=1)
-            ]
+            [np.argwhere(m.labels[box] == n) + [s.start for s in box] for n, box in enumerate(m.boxes, start=1)]
             for m in self._lesions
         ]
         self._usable = [n for n, m in enumerate(self._lesions) if len(m)]
@@ -104,6 +99,4 @@ class LesionSampler:
             inputs = corrupt(target, weight, mask, seed=int(rng.integers(2**31)))
             return Sample(inputs, target[None], weight[None])
         names = ", ".join(c.id for c in self.cases)
-        raise InputError(
-            names, f"no lesions to learn from in patches of {side}^3 voxels", "pass scans with lesions"
-        )
+        raise InputError(names, f"no lesions to learn from in patches of {side}^3 voxels", "pass scans with lesions")

@@ -92,9 +92,7 @@ def render(
     if case.id != recipe.case_id:
         raise InputError(case.id, f"the recipe is for case '{recipe.case_id}'", "render it with that case")
     if case.healthy is None:
-        raise InputError(
-            case.id, "its healthy volume is missing", "make it with `inpainting.heal(case, inpainter)`"
-        )
+        raise InputError(case.id, "its healthy volume is missing", "make it with `inpainting.heal(case, inpainter)`")
     if recipe.artifacts:
         raise ConfigError("the recipe has artifacts, which this version does not render; update synthlong")
     start = (0, 0, 0) if whole else recipe.box.start
@@ -139,9 +137,7 @@ class _Scene:
         self.lesions = [np.zeros(shape, bool) for _ in range(2)]
         self.evolution = np.zeros(shape, np.uint8)
 
-    def _record(
-        self, before: NDArray[np.bool_], after: NDArray[np.bool_], event: LesionEvent, at: _At
-    ) -> None:
+    def _record(self, before: NDArray[np.bool_], after: NDArray[np.bool_], event: LesionEvent, at: _At) -> None:
         """Write one lesion's voxels (arrays of one box, `at` = where it meets the region) into the masks."""
         mine, theirs = at
         before, after = before[theirs], after[theirs]
@@ -160,8 +156,7 @@ class _Scene:
             problem = f"it has {len(lesions)} lesions, the recipe speaks of {len(real)}"
             raise InputError(case.id, problem, "render the scan and mask that the recipe was drawn from")
         wide = tuple(
-            slice(max(r.start - _PAD, 0), min(r.stop + _PAD, n))
-            for r, n in zip(self.region, case.shape, strict=True)
+            slice(max(r.start - _PAD, 0), min(r.stop + _PAD, n)) for r, n in zip(self.region, case.shape, strict=True)
         )
         labels = lesions.labels[wide]
         if not labels.any():
@@ -178,9 +173,7 @@ class _Scene:
             meet = _meet(box, self.region)
             if meet:
                 self._record(extents[0], extents[1], event, meet)
-        within = tuple(
-            slice(r.start - w.start, r.stop - w.start) for r, w in zip(self.region, wide, strict=True)
-        )
+        within = tuple(slice(r.start - w.start, r.stop - w.start) for r, w in zip(self.region, wide, strict=True))
         hole = soft_hole(labels > 0)[within]
         healthy = case.healthy[self.region]  # type: ignore[index]
         for image, kept in zip(self.visits, present, strict=True):
@@ -206,9 +199,7 @@ class _Scene:
         at = _meet(box, self.region)
         if at:
             self._record(extents[0], extents[1], event, at)
-        side = next(
-            (c for c in _CONTEXTS if max(mask.shape) + 2 * _CONTEXT_MARGIN <= c), max(mask.shape) + 16
-        )
+        side = next((c for c in _CONTEXTS if max(mask.shape) + 2 * _CONTEXT_MARGIN <= c), max(mask.shape) + 16)
         centre = tuple((b.start + b.stop) // 2 for b in box)
         context, start = crop(self.case.healthy, centre, side)  # type: ignore[arg-type]
         matter, _ = crop(self.case.tissue, centre, side)

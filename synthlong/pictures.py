@@ -33,9 +33,7 @@ COLOURS = {
 """Colour of each code of `evolution`."""
 
 GRAY_TOP, DIFFERENCE_TOP = 2.0, 0.5
-DIFFERENCE_STOPS = np.array(
-    [[176, 232, 255], [28, 112, 226], [24, 24, 29], [228, 92, 32], [255, 226, 138]], np.float64
-)
+DIFFERENCE_STOPS = np.array([[176, 232, 255], [28, 112, 226], [24, 24, 29], [228, 92, 32], [255, 226, 138]], np.float64)
 
 Picture = NDArray[np.uint8]
 
@@ -49,8 +47,7 @@ def png_bytes(pixels: Picture) -> bytes:
     head = struct.pack(">IIBBBBB", columns, rows, 8, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
     chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(filtered.tobytes(), 9)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-        for name, body in chunks
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
     )
 
 
@@ -74,16 +71,12 @@ def _outlined(gray: Picture, evolution: Picture) -> Picture:
     colour = np.repeat(gray[..., None], 3, axis=2)
     for code in (STABLE, SHRUNK, ENLARGED, VANISHED, NEW):
         mask = evolution == code
-        edge = ndimage.binary_dilation(mask, np.ones((3, 3), bool)) & ~ndimage.binary_erosion(
-            mask, border_value=1
-        )
+        edge = ndimage.binary_dilation(mask, np.ones((3, 3), bool)) & ~ndimage.binary_erosion(mask, border_value=1)
         colour[edge] = np.frombuffer(bytes.fromhex(COLOURS[code][1:]), np.uint8)
     return colour
 
 
-def panels(
-    baseline: NDArray, followup: NDArray, evolution: Picture, *, side: int = 256
-) -> dict[str, Picture]:
+def panels(baseline: NDArray, followup: NDArray, evolution: Picture, *, side: int = 256) -> dict[str, Picture]:
     """Return four pictures of one slice by name, each voxel a square of whole pixels.
 
     Args:

@@ -73,9 +73,7 @@ def allowed_of(case: Case, margin: int) -> NDArray[np.bool_]:
     return case.derived[key]
 
 
-def find_placements(
-    case: Case, frequency: NDArray[np.float32], *, gray_matter: float, margin: int
-) -> PlacementMap:
+def find_placements(case: Case, frequency: NDArray[np.float32], *, gray_matter: float, margin: int) -> PlacementMap:
     """Work out where synthetic lesions of a case may lie.
 
     Args:
@@ -90,9 +88,7 @@ def find_placements(
     weight = frequency * tissue_weight(case.tissue, gray_matter) * allowed_of(case, margin)
     voxels = np.flatnonzero(weight).astype(np.int32)
     if not voxels.size:
-        raise InputError(
-            case.id, "no place for a synthetic lesion", "check that the scan lies in MNI152 space"
-        )
+        raise InputError(case.id, "no place for a synthetic lesion", "check that the scan lies in MNI152 space")
     total = np.cumsum(weight.ravel()[voxels], dtype=np.float64)
     return PlacementMap(voxels, total / total[-1])
 
@@ -149,9 +145,7 @@ def draw_site(
     return best[1:] if best else None
 
 
-def site_mask(
-    site: Site, bank: LesionBank, allowed: NDArray[np.bool_]
-) -> tuple[NDArray[np.bool_], tuple[slice, ...]]:
+def site_mask(site: Site, bank: LesionBank, allowed: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], tuple[slice, ...]]:
     """Return the voxels of a placed shape that lie in allowed tissue and hang together with its centre.
 
     Returns:
@@ -162,9 +156,7 @@ def site_mask(
     depth = ndimage.distance_transform_edt(np.pad(voxels, 1))[1:-1, 1:-1, 1:-1]
     anchor = np.unravel_index(int(depth.argmax()), voxels.shape)
     start = [int(c - a) for c, a in zip(site.centre, anchor, strict=True)]
-    box = tuple(
-        slice(max(s, 0), min(s + n, m)) for s, n, m in zip(start, voxels.shape, allowed.shape, strict=True)
-    )
+    box = tuple(slice(max(s, 0), min(s + n, m)) for s, n, m in zip(start, voxels.shape, allowed.shape, strict=True))
     inner = tuple(slice(b.start - s, b.stop - s) for b, s in zip(box, start, strict=True))
     parts, _ = ndimage.label(voxels[inner] & allowed[box], np.ones((3, 3, 3), bool))
     own = parts[tuple(c - b.start for c, b in zip(site.centre, box, strict=True))]

@@ -107,9 +107,7 @@ class SynthesisConfig:
         _check(self, ("volume_median_mm3",), lambda v: 4 <= v <= 3000, "in [4, 3000] mm3")
         _check(self, ("volume_log_sd",), lambda v: 0 <= v <= 3, "in [0, 3]")
         _check(self, ("max_event_mm3",), lambda v: 10 <= v <= 1e5, "in [10, 1e5] mm3")
-        _check(
-            self, ("margin",), lambda v: 2 * REACH - 1 <= v <= 20, f"a whole number in {2 * REACH - 1}..20"
-        )
+        _check(self, ("margin",), lambda v: 2 * REACH - 1 <= v <= 20, f"a whole number in {2 * REACH - 1}..20")
         low_high = lambda v: len(v) == 2 and 0.05 <= v[0] <= v[1] <= 0.95  # noqa: E731
         _check(self, ("core_share",), low_high, "two numbers in [0.05, 0.95], rising")
         _check(self, ("orientations",), lambda v: v in ("all", "mirror", "none"), "all, mirror or none")
@@ -235,9 +233,7 @@ class LesionEvent:
         if "lesion" in plain:
             return cls("real", lesion=plain["lesion"], **common)
         i, j, k = plain["centre"]
-        return cls(
-            "synthetic", site=Site(plain["shape"], plain["mirrored"], (i, j, k)), seed=plain["seed"], **common
-        )
+        return cls("synthetic", site=Site(plain["shape"], plain["mirrored"], (i, j, k)), seed=plain["seed"], **common)
 
 
 @dataclass(frozen=True)
@@ -343,9 +339,7 @@ class Recipe:
         try:
             plain = json.loads(text)
             if plain["version"] > VERSION:
-                raise ConfigError(
-                    f"recipe version {plain['version']}: update synthlong, this one reads {VERSION}"
-                )
+                raise ConfigError(f"recipe version {plain['version']}: update synthlong, this one reads {VERSION}")
             box, turn = plain["box"], plain["orientation"]
             (mean0, sd0), (mean1, sd1) = plain["scaling"]
             return cls(
@@ -501,8 +495,7 @@ def _draw_synthetic(
 def _take(taken: NDArray[np.bool_], mask: NDArray[np.bool_], box: tuple[slice, ...], margin: int) -> None:
     """Mark a lesion and its surroundings as taken."""
     wide = tuple(
-        slice(max(b.start - margin, 0), min(b.stop + margin, n))
-        for b, n in zip(box, taken.shape, strict=True)
+        slice(max(b.start - margin, 0), min(b.stop + margin, n)) for b, n in zip(box, taken.shape, strict=True)
     )
     pad = [(b.start - w.start, w.stop - b.stop) for b, w in zip(box, wide, strict=True)]
     taken[wide] |= grown(np.pad(mask, pad), margin)
@@ -538,8 +531,7 @@ def _draw_box(
         last = np.maximum(high - size, low)
         start = rng.integers(low, last + 1)
     fixed = [
-        int(np.clip(s, 0, n - size)) if n >= size else (n - size) // 2
-        for s, n in zip(start, case.shape, strict=True)
+        int(np.clip(s, 0, n - size)) if n >= size else (n - size) // 2 for s, n in zip(start, case.shape, strict=True)
     ]
     return Box((fixed[0], fixed[1], fixed[2]), size, "event" if around else "uniform")
 

@@ -160,9 +160,7 @@ def _focus(evolution: Picture) -> tuple[list[int], NDArray[np.int64]]:
     return [int(a.argmax()) for a in areas], np.argsort([-a.max() for a in areas], kind="stable")
 
 
-def _pair(
-    number: int, subject: str, recipe: Recipe, baseline: NDArray, followup: NDArray, evolution: Picture
-) -> str:
+def _pair(number: int, subject: str, recipe: Recipe, baseline: NDArray, followup: NDArray, evolution: Picture) -> str:
     """Return the pictures of one pair with what is in its box."""
     at, axes = _focus(evolution)
     rows = []
@@ -273,9 +271,7 @@ def _placements(recipes: Recipes) -> str:
         x, y = (a for a in range(3) if a != axis)
         width, height = frequency.shape[x], frequency.shape[y]
         shade = upright(np.sqrt(frequency.max(axis=axis) / frequency.max()))
-        drawn = (
-            f'<image href="{_data_uri(gray_pixels(shade * GRAY_TOP))}" width="{width}" height="{height}"/>'
-        )
+        drawn = f'<image href="{_data_uri(gray_pixels(shade * GRAY_TOP))}" width="{width}" height="{height}"/>'
         for chosen, code in ((~new, VANISHED), (new, NEW)):
             at = "".join(f"M{v[x] + 0.5:g} {height - v[y] - 0.5:g}h0" for v in voxels[chosen & inside])
             drawn += f'<path class="dots" stroke="{COLOURS[code]}" d="{at}"/>'

@@ -27,9 +27,7 @@ def is_whole(brain: NDArray[np.bool_]) -> bool:
     return not any(np.take(brain, side, axis=axis).any() for axis in range(3) for side in (0, -1))
 
 
-def fitted_tissue_maps(
-    brain: NDArray[np.bool_], affine: NDArray[np.float64]
-) -> tuple[NDArray[np.float32], ...]:
+def fitted_tissue_maps(brain: NDArray[np.bool_], affine: NDArray[np.float64]) -> tuple[NDArray[np.float32], ...]:
     """Return the ICBM maps of CSF, gray and white matter on a scan's grid, scaled to the scan's brain.
 
     Scans that were registered rigidly keep their own size, 10 to 20 % a side off the template. Where a whole

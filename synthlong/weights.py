@@ -84,9 +84,7 @@ def read_weights(path: Path, *, task: str) -> tuple[UNet, str]:
         raise InputError(path, f"its tensors do not fit the network (first: {odd[0]})", way)
     for name, tensor in tensors.items():
         if tensor.shape != wanted[name].shape or tensor.dtype != torch.float32:
-            problem = (
-                f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not float32 {tuple(wanted[name].shape)}"
-            )
+            problem = f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not float32 {tuple(wanted[name].shape)}"
             raise InputError(path, problem, way)
         if not torch.isfinite(tensor).all():
             raise InputError(path, f"{name} holds NaN or infinite values", way)
@@ -97,9 +95,7 @@ def read_weights(path: Path, *, task: str) -> tuple[UNet, str]:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(card, "not a card of weights", "restore it, or remove it") from error
         if described != sha256:
-            raise InputError(
-                path, "differs from the SHA-256 in its card", "restore the file, or remove the card"
-            )
+            raise InputError(path, "differs from the SHA-256 in its card", "restore the file, or remove the card")
     network.load_state_dict(tensors)
     return network.eval(), sha256
 

@@ -43,12 +43,7 @@ def test_lesion_prior_is_the_contracts(brain):
     assert 0.1 < frequency.max() < 1
     assert (frequency[brain] > 0).all()
     near = np.zeros_like(brain)
-    near[
-        tuple(
-            slice(a.min() - 3, a.max() + 4) if a.min() >= 3 else slice(0, a.max() + 4)
-            for a in brain.nonzero()
-        )
-    ] = 1
+    near[tuple(slice(a.min() - 3, a.max() + 4) if a.min() >= 3 else slice(0, a.max() + 4) for a in brain.nonzero())] = 1
     assert not frequency[~near].any()
 
 
@@ -174,9 +169,7 @@ def test_held_out_likelihood_against_a_plain_computation(brain):
     visits = [("a", 0), ("a", 3), ("b", 5), ("c", -4)]
     masks = [(s, world_box((18 + d, -30 + d, 20), (28 + d, -20 + d, 28 + d))) for s, d in visits]
     published = rng.random(MNI_SHAPE, dtype=np.float32) * 0.1
-    got = atlas.held_out_log_likelihood(
-        masks, background=(published, 2), fwhm_mm=3, symmetric=True, floor=0.2
-    )
+    got = atlas.held_out_log_likelihood(masks, background=(published, 2), fwhm_mm=3, symmetric=True, floor=0.2)
     expected = {}
     for held in "abc":
         others = [(s, m) for s, m in masks if s != held]

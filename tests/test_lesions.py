@@ -185,8 +185,6 @@ def test_damaged_banks_are_refused(tmp_path):
             read_bank(path)
     with pytest.raises(InputError, match="bank"):
         read_bank(tmp_path / "missing.npz")
-    np.savez(
-        tmp_path / "odd.npz", **dict.fromkeys(("extents", "centres_mm", "volumes_mm3", "bits", "ends"), 1)
-    )
+    np.savez(tmp_path / "odd.npz", **dict.fromkeys(("extents", "centres_mm", "volumes_mm3", "bits", "ends"), 1))
     with pytest.raises(InputError, match="bank"):
         read_bank(tmp_path / "odd.npz")

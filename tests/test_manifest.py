@@ -79,9 +79,7 @@ def test_extra_columns_are_named_and_ignored(folder):
 
 
 def test_sessions_tell_visits_of_a_patient_apart(folder):
-    source = manifest(
-        folder, "subject,session,flair,mask\nx,1,a.nii,m.nii\nx,ses-2,a.nii,m.nii\ny,,a.nii,m.nii\n"
-    )
+    source = manifest(folder, "subject,session,flair,mask\nx,1,a.nii,m.nii\nx,ses-2,a.nii,m.nii\ny,,a.nii,m.nii\n")
     cases = find_cases(source)
     assert [c.subject for c in cases] == ["x_ses-1", "x_ses-2", "y"]
     assert [c.patient for c in cases] == ["x", "x", "y"]
@@ -141,9 +139,7 @@ def test_a_manifest_without_cases(folder, text):
     ],
 )
 def test_unsafe_ids(folder, subject):
-    error = refusal(
-        manifest(folder, f"subject,flair,mask\n{subject},a.nii,m.nii\n"), "unsafe subject id", "line"
-    )
+    error = refusal(manifest(folder, f"subject,flair,mask\n{subject},a.nii,m.nii\n"), "unsafe subject id", "line")
     assert str(error).isascii()
     assert len(str(error)) < 300
 
@@ -220,9 +216,7 @@ def test_a_folder_is_read_by_its_names(folder):
     assert b.t1 is b.brain is b.tissue is None
 
 
-@pytest.mark.parametrize(
-    ("lone", "lacking"), [("desc-lesions_mask", "its FLAIR"), ("FLAIR", "its lesion mask")]
-)
+@pytest.mark.parametrize(("lone", "lacking"), [("desc-lesions_mask", "its FLAIR"), ("FLAIR", "its lesion mask")])
 def test_half_a_case_is_skipped_with_a_word(folder, lone, lacking):
     fill(
         folder,

@@ -46,9 +46,7 @@ FIELDS = {
 }
 
 
-def nifti(
-    data=DATA, *, affine=AFFINE, kind=nib.Nifti1Image, endianness="<", sform=1, qform=1, **fields
-) -> bytes:
+def nifti(data=DATA, *, affine=AFFINE, kind=nib.Nifti1Image, endianness="<", sform=1, qform=1, **fields) -> bytes:
     header = kind.header_class(endianness=endianness)
     header.set_data_dtype(data.dtype)
     image = kind(data, affine, header)

@@ -196,9 +196,7 @@ def synthetic(case, recipe, at):
 @pytest.fixture(scope="module")
 def large_site(whole_case):
     """A recipe with a large synthetic lesion."""
-    config = replace(
-        DEFAULT, volume_median_mm3=1500.0, volume_log_sd=0.0, with_new_lesions=1, removed_share=0
-    )
+    config = replace(DEFAULT, volume_median_mm3=1500.0, volume_log_sd=0.0, with_new_lesions=1, removed_share=0)
     allowed = allowed_of(whole_case, DEFAULT.margin)
     for k in range(60):
         recipe = draw_recipe(whole_case, config, rng_of(1, whole_case.id, k))
@@ -268,9 +266,7 @@ def test_one_orientation_for_all(pairs, whole_case):
 
 def test_the_whole_grid_keeps_its_shape(pairs, whole_case):
     recipe, _, plain = pairs[2]
-    mirrored = rendered(
-        whole_case, replace(recipe, orientation=Orientation(flips=(True, False, False))), whole=True
-    )
+    mirrored = rendered(whole_case, replace(recipe, orientation=Orientation(flips=(True, False, False))), whole=True)
     assert np.array_equal(mirrored.followup, plain.followup[::-1])
     turned = rendered(whole_case, replace(recipe, orientation=Orientation((1, 0, 2))), whole=True)
     assert turned.followup.shape == whole_case.shape

@@ -68,9 +68,7 @@ number = st.floats(-1e6, 1e6)
     st.builds(
         Recipe,
         case_id=st.text(min_size=1, max_size=12),
-        box=st.builds(
-            Box, st.tuples(whole, whole, whole), st.integers(16, 160), st.sampled_from(["uniform", "event"])
-        ),
+        box=st.builds(Box, st.tuples(whole, whole, whole), st.integers(16, 160), st.sampled_from(["uniform", "event"])),
         events=st.lists(events, max_size=5).map(tuple),
         orientation=orientations,
         scaling=st.tuples(st.tuples(number, number), st.tuples(number, number)),
@@ -171,9 +169,7 @@ def test_voxels_are_counted(recipes, real_case):
         else:
             own = lesions.labels[lesions.boxes[event.lesion - 1]] == event.lesion
         if event.kind in ("enlarging", "shrinking") or event.site:
-            assert event.voxels == tuple(
-                int(core(own, at).sum()) for at in (event.at_baseline, event.at_followup)
-            )
+            assert event.voxels == tuple(int(core(own, at).sum()) for at in (event.at_baseline, event.at_followup))
             assert (event.voxels[0] > 0) == (event.at_baseline > 0)
             assert (event.voxels[1] > 0) == (event.at_followup > 0)
 

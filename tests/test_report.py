@@ -30,9 +30,7 @@ def cube(*corner: int, side: int = 3) -> Cube:
     return tuple(slice(c, c + side) for c in corner)
 
 
-def synthetic(
-    before: float, after: float, centre: tuple[int, int, int], voxels: tuple[int, int]
-) -> LesionEvent:
+def synthetic(before: float, after: float, centre: tuple[int, int, int], voxels: tuple[int, int]) -> LesionEvent:
     i, j, k = (c + s for c, s in zip(centre, START, strict=True))
     return LesionEvent("synthetic", before, after, voxels, site=Site(0, False, (i, j, k)), seed=1)
 
@@ -158,9 +156,7 @@ def test_page_is_whole_and_alone(page: Path) -> None:
 
 
 def test_pictures_have_the_size_they_say(page: Path) -> None:
-    pictures = re.findall(
-        r'<img src="([^"]*)" width="(\d+)" height="(\d+)"', page.read_text(encoding="utf-8")
-    )
+    pictures = re.findall(r'<img src="([^"]*)" width="(\d+)" height="(\d+)"', page.read_text(encoding="utf-8"))
     assert len(pictures) == 6 * 3 * 4
     for uri, width, height in pictures:
         assert decode_png(uri).shape[:2] == (int(height), int(width)) == (256, 256)
@@ -171,9 +167,7 @@ def test_pictures_show_the_arrays(page: Path) -> None:
     article = next(a for a in text.split("<article>") if a.startswith("<h3>Pair 0 "))
     axis, at = map(int, re.search(r"array axis (\d) at (\d+)", article).groups())
     sample = make_sample(ALL, "s0")
-    baseline, followup, difference, outlined = (
-        decode_png(uri) for uri in re.findall(r'src="([^"]*)"', article)[:4]
-    )
+    baseline, followup, difference, outlined = (decode_png(uri) for uri in re.findall(r'src="([^"]*)"', article)[:4])
     for picture, volume in ((baseline, sample.baseline), (followup, sample.followup)):
         plane = np.float16(volume).astype(np.float32).take(at, axis).T[::-1]
         assert np.array_equal(picture[8::16, 8::16], np.rint(np.clip(plane / 2, 0, 1) * 255).astype(np.uint8))
@@ -191,9 +185,7 @@ def test_counts_are_those_of_the_recipes(page: Path) -> None:
     rows = re.findall(r"<tr><th>(\w+)</th><td>(\d+)</td><td>(\d+)</td></tr>", text)
     counts = Counter((e.kind, e.source) for events in EVENTS for e in events)
     kinds = ("new", "vanished", "enlarging", "shrinking", "stable", "removed")
-    assert {k: (int(r), int(s)) for k, r, s in rows} == {
-        k: (counts[k, "real"], counts[k, "synthetic"]) for k in kinds
-    }
+    assert {k: (int(r), int(s)) for k, r, s in rows} == {k: (counts[k, "real"], counts[k, "synthetic"]) for k in kinds}
     tiles = {name: value for value, name in re.findall(r"<dd>([^<]*)</dd><dt>([^<]*)</dt>", text)}
     assert list(tiles.values()) == ["8", "3", "50%", "50%"]
     assert "synthlong/1" in text
@@ -216,9 +208,7 @@ def test_captions_tell_events(page: Path) -> None:
 def test_an_event_that_no_recipe_explains_has_no_source() -> None:
     evolution = np.zeros((SIDE,) * 3, np.uint8)
     evolution[5, 5, 5] = 5
-    assert _changes(Recipe("a", Box(START, SIDE, "uniform"), ()), evolution) == [
-        (5, "shrinking, 1 mm³ in the box")
-    ]
+    assert _changes(Recipe("a", Box(START, SIDE, "uniform"), ()), evolution) == [(5, "shrinking, 1 mm³ in the box")]
 
 
 def test_samples_are_spread_and_of_all_kinds() -> None:
@@ -241,9 +231,7 @@ def test_same_run_same_bytes(page: Path, tmp_path: Path) -> None:
 def test_config_is_named_where_the_run_has_a_plan(tmp_path: Path) -> None:
     out = write_run(tmp_path / "run", [make_sample(ALL, "a")])
     config = SynthesisConfig()
-    plan = make_plan(
-        tmp_path / "cases.csv", out, cases=[], pairs=1, seed=1, shard_size=1, config=config, assets={}
-    )
+    plan = make_plan(tmp_path / "cases.csv", out, cases=[], pairs=1, seed=1, shard_size=1, config=config, assets={})
     adopt_plan(out, plan)
     write_report(out, tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")

@@ -195,9 +195,7 @@ def test_arrays_outside_the_contract_are_refused(change: dict) -> None:
 # Publishing
 
 
-@pytest.mark.parametrize(
-    "code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO]
-)
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO])
 def test_a_failing_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     target = tmp_path / "index.json"
     publish(target, b"before")
@@ -206,9 +204,7 @@ def test_a_failing_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(
-        OutputError, match=r"index\.json: .*written|no space left .* 2\.0 MB, .* free"
-    ) as caught:
+    with pytest.raises(OutputError, match=r"index\.json: .*written|no space left .* 2\.0 MB, .* free") as caught:
         publish(target, bytes(2_000_000))
     assert caught.value.exit_code == 3
     assert [path.name for path in tmp_path.iterdir()] == ["index.json"]
@@ -417,9 +413,7 @@ def test_a_newer_schema_names_the_version_it_needs(tmp_path: Path) -> None:
     data, _ = encode_shard([make_sample(0)], config_json="{}", versions_json='{"synthlong":"2.4.0"}')
     shard = tmp_path / "0.h5"
     shard.write_bytes(data.replace(b"synthlong/1", b"synthlong/3"))
-    with pytest.raises(
-        InputError, match=r"synthlong/3, newer than synthlong/1; install a synthlong >= 2\.4\.0"
-    ):
+    with pytest.raises(InputError, match=r"synthlong/3, newer than synthlong/1; install a synthlong >= 2\.4\.0"):
         ShardReader(shard)
     shard.write_bytes(data.replace(b"synthlong/1", b"synthlonG/1"))
     with pytest.raises(ShardCorruptError, match="is not of schema synthlong/1"):

@@ -10,9 +10,7 @@ from synthlong.tissue import CSF, GRAY, WHITE, classify_tissue, fitted_tissue_ma
 
 def phantom(seed=0, noise=0.04):
     """Three slabs of known tissue with a small lesion, and maps that say little."""
-    truth = np.repeat(np.array([CSF, GRAY, WHITE], np.uint8), 8)[:, None, None] * np.ones(
-        (1, 24, 24), np.uint8
-    )
+    truth = np.repeat(np.array([CSF, GRAY, WHITE], np.uint8), 8)[:, None, None] * np.ones((1, 24, 24), np.uint8)
     brain = np.zeros(truth.shape, bool)
     brain[1:-1, 2:-2, 2:-2] = True
     lesions = np.zeros(truth.shape, bool)

@@ -1,6 +1,6 @@
 """Rebuild the shipped assets: `python -m synthlong.assets.build ASSET [DATA] [-o FOLDER]`.
 
-ASSET is prior, score (the table in `prior.md`), tissue, bank or cases.
+ASSET is prior, score (the table in `prior.md`), tissue, bank, cases or manifest (`training.csv` for `synthlong fit`).
 DATA is the folder of real data described in `ATTRIBUTION.md`; `tissue` needs nilearn instead of it.
 """
 
@@ -38,8 +38,7 @@ def build_tissue(out: Path) -> None:
         datasets.load_mni152_brain_mask(resolution=1),
     ]
     gm, wm, mask = (
-        atlas.sample_map(np.asanyarray(i.dataobj), i.affine, atlas.MNI_SHAPE, atlas.mni_affine())
-        for i in images
+        atlas.sample_map(np.asanyarray(i.dataobj), i.affine, atlas.MNI_SHAPE, atlas.mni_affine()) for i in images
     )
     brain = mask > 0
     for volume in (gm, wm, brain):
@@ -67,9 +66,7 @@ def score_priors(data: Path) -> None:
     print("| sources | symmetric | FWHM (mm) | floor | all 26 | SEM | open_ms (24) | mslesseg (2) |")
     print("|---|---|---|---|---|---|---|---|")
 
-    def row(
-        sources: str, fwhm: float, both: bool, floor: float = 0.05, weight: float = CSIM_PATIENTS
-    ) -> None:
+    def row(sources: str, fwhm: float, both: bool, floor: float = 0.05, weight: float = CSIM_PATIENTS) -> None:
         score = atlas.held_out_log_likelihood(
             masks,
             use_masks="masks" in sources,
@@ -138,10 +135,20 @@ def _coded(values: NDArray) -> tuple[NDArray[np.int16], float]:
     return np.where((values != 0) & (codes == 0), np.sign(values), codes).astype(np.int16), step
 
 
+def write_training_manifest(data: Path, out: Path) -> None:
+    """Write `training.csv`: the labelled scans that the shipped weights were trained on."""
+    lines = ["subject,session,flair,mask"]
+    for flair in sorted([*data.glob("open_ms/cross_sectional/*_FLAIR.nii.gz"), *data.glob("mslesseg/*_FLAIR.nii.gz")]):
+        subject, _, session = flair.name.split("_space-")[0].removesuffix("_FLAIR.nii.gz").partition("_ses-")
+        mask = flair.with_name(flair.name.replace("FLAIR", "desc-lesions_mask"))
+        lines.append(f"{subject.removeprefix('sub-')},{session},{flair.resolve()},{mask.resolve()}")
+    (out / "training.csv").write_text("\n".join(lines) + "\n")
+
+
 def main() -> None:
     """Rebuild one asset."""
     parser = argparse.ArgumentParser(prog="python -m synthlong.assets.build", description=__doc__)
-    parser.add_argument("asset", choices=["prior", "score", "tissue", "bank", "cases"])
+    parser.add_argument("asset", choices=["prior", "score", "tissue", "bank", "cases", "manifest"])
     parser.add_argument("data", type=Path, nargs="?", help="folder of real data")
     parser.add_argument("-o", "--out", type=Path, default=Path(__file__).parent, help="default: this folder")
     args = parser.parse_args()
@@ -155,6 +162,8 @@ def main() -> None:
         score_priors(args.data)
     elif args.asset == "cases":
         build_cases(args.data, args.out)
+    elif args.asset == "manifest":
+        write_training_manifest(args.data, args.out)
     else:
         from synthlong.lesions import build_bank
 

@@ -56,7 +56,9 @@ def write_pair(out: Path, number: int, pair: Pair) -> Path:
     """
     subject = f"sub-syn{number:04d}"
     for ses, image in (("1", pair.baseline), ("2", pair.followup)):
-        write_nifti(_made(out / subject / f"ses-{ses}" / "anat") / f"{subject}_ses-{ses}_FLAIR.nii.gz", image, pair.affine)
+        write_nifti(
+            _made(out / subject / f"ses-{ses}" / "anat") / f"{subject}_ses-{ses}_FLAIR.nii.gz", image, pair.affine
+        )
     derived = _made(out / "derivatives" / "synthlong" / subject)
     for name in MASKS:
         kind = "dseg" if name == "evolution" else "mask"

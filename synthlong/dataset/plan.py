@@ -178,7 +178,7 @@ def make_folder(out: Path, *, need_mb: float) -> None:
     if out.exists() and not (out / "run.json").exists():
         foreign = [p.name for p in out.iterdir() if p.name != "work"]
         if foreign:
-            problem = f"the folder is not empty and holds no run (first: {ascii(min(foreign))})"
+            problem = f"the folder is not empty and holds no run (first: {min(foreign)!a})"
             raise ConfigError(f"{out.name}: {problem}; name a new or empty folder")
     try:
         (out / "work").mkdir(parents=True, exist_ok=True)

@@ -149,9 +149,7 @@ def _shape(datasets: dict[str, Any], name: str, *, rank: int) -> tuple[int, ...]
     return shape
 
 
-def _check_storage(
-    datasets: dict[str, Any], name: str, *, shape: tuple[int, ...], chunk: tuple[int, ...]
-) -> None:
+def _check_storage(datasets: dict[str, Any], name: str, *, shape: tuple[int, ...], chunk: tuple[int, ...]) -> None:
     """Raise unless the dataset lies whole inside this file, as the contract says."""
     dataset = datasets[name]
     if _shape(datasets, name, rank=len(shape)) != shape or dataset.maxshape != shape:

@@ -202,9 +202,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
 
     def _check_files(self) -> None:
         missing = [
-            shard_path(self.out, number).name
-            for number in range(len(self._shards))
-            if self._size(number) is None
+            shard_path(self.out, number).name for number in range(len(self._shards)) if self._size(number) is None
         ]
         if missing:
             problem = f"{len(missing)} of {len(self._shards)} shards missing: {', '.join(missing)}"
