@@ -1,9 +1,10 @@
 """The hole: voxels of a scan whose content a network replaces.
 
 A lesion is wider than its expert mask (partial volume), so the hole reaches a little beyond it and
-fades out. Inside it the networks see Gaussian noise with the image's mean and SD (Kamraoui et al. 2022,
-section 2.3.1, doi 10.3389/fnimg.2022.948235), and beside it a smooth first guess: the harmonic function
-that continues the tissue around, to which they add what is missing.
+fades out; CSF and background beside a lesion stay, and with them the walls of the ventricles. Inside the
+hole the networks see Gaussian noise with the image's mean and SD (Kamraoui et al. 2022, section 2.3.1, doi
+10.3389/fnimg.2022.948235), and beside it a smooth first guess: the harmonic function that continues the
+tissue around, to which they add what is missing.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from numba import njit
 from numpy.typing import NDArray
 from scipy import ndimage
 
-__all__ = ["REACH", "corrupt", "first_guess", "noise", "soft_hole"]
+__all__ = ["FLUID", "REACH", "corrupt", "first_guess", "hole_in", "noise", "soft_hole"]
 
 REACH = 3
 """Voxels by which a hole can reach beyond its mask: outside that distance nothing is ever changed."""
+
+FLUID = 0.65
+"""Darker than this (brain mode 1) is CSF in FLAIR."""
 
 _FULL, _ZERO = 1.0, 2.5
 
@@ -30,6 +34,16 @@ def soft_hole(mask: NDArray) -> NDArray[np.float32]:
         mask: Lesion voxels, shape `(I, J, K)`, zero or not.
     """
     return faded(np.asarray(mask) != 0, full=_FULL, zero=_ZERO)
+
+
+def hole_in(x: NDArray, mask: NDArray) -> NDArray[np.float32]:
+    """Return `soft_hole` of a mask, 0 on background, and on CSF beside the mask.
+
+    Args:
+        x: Image, shape `(I, J, K)`, brain mode 1, background 0.
+        mask: Lesion voxels.
+    """
+    return soft_hole(mask) * ((x >= FLUID) | (np.asarray(mask) != 0) & (x > 0))
 
 
 def faded(mask: NDArray[np.bool_], *, full: float, zero: float) -> NDArray[np.float32]:
@@ -57,13 +71,15 @@ def noise(shape: tuple[int, ...], seed: int, *, mean: float, sd: float) -> NDArr
     return np.float32(mean) + np.float32(sd) * white
 
 
-def first_guess(x: NDArray, weight: NDArray, *, sweeps: int = 60) -> NDArray[np.float32]:
+def first_guess(
+    x: NDArray, weight: NDArray, *, tissue: NDArray[np.bool_] | None = None, sweeps: int = 60
+) -> NDArray[np.float32]:
     """Return `x` with the hole filled smoothly from its rim (the discrete Laplace equation).
 
     Args:
         x: Image, shape `(I, J, K)`.
-        weight: Result of `soft_hole`; voxels above 0 are solved for, the others stay. Background
-            (exactly 0) beside the hole carries no tissue and is left out of every mean.
+        weight: The hole; voxels above 0 are solved for, the others stay.
+        tissue: Voxels beside the hole that are continued into it; None: all but CSF and background.
         sweeps: Sweeps of successive over-relaxation (factor 1.8); 60 settle holes about 20 voxels wide.
     """
     filled = np.ascontiguousarray(x, np.float32).copy()
@@ -71,29 +87,33 @@ def first_guess(x: NDArray, weight: NDArray, *, sweeps: int = 60) -> NDArray[np.
         return filled
     box = grown_box(weight > 0, 2)
     part, inside = np.ascontiguousarray(filled[box]), np.ascontiguousarray(weight[box] > 0)
-    rim = ndimage.binary_dilation(inside, iterations=2) & ~inside & (part != 0)
+    usable = part >= FLUID if tissue is None else tissue[box]
+    rim = ndimage.binary_dilation(inside, iterations=2) & ~inside & usable
     part[inside] = part[rim].mean() if rim.any() else 0.0
-    _relax(part, (part != 0) | inside, np.argwhere(inside), sweeps, np.float32(1.8))
+    _relax(part, usable | inside, np.argwhere(inside), sweeps, np.float32(1.8))
     filled[box] = part
     return filled
 
 
-def corrupt(x: NDArray, weight: NDArray, region: NDArray, *, seed: int) -> NDArray[np.float32]:
+def corrupt(
+    x: NDArray, weight: NDArray, region: NDArray, *, seed: int, tissue: NDArray[np.bool_] | None = None
+) -> NDArray[np.float32]:
     """Return what a network sees of an image with a hole.
 
     Args:
         x: Image, shape `(I, J, K)`, brain mode 1, background 0.
-        weight: Result of `soft_hole`.
+        weight: The hole.
         region: What the network is told of the hole: `weight` itself, or the lesion to paint.
         seed: Seed of the noise.
+        tissue: As for `first_guess`.
 
     Returns:
         `(3, I, J, K)`: the image with noise in the hole, with the first guess in the hole, the region.
     """
-    tissue = x[(weight == 0) & (x > 0)]
-    mean, sd = (float(tissue.mean()), float(tissue.std())) if tissue.size else (1.0, 0.2)
+    rest = x[(weight == 0) & (x > 0)]
+    mean, sd = (float(rest.mean()), float(rest.std())) if rest.size else (1.0, 0.2)
     noisy = x + weight * (noise(x.shape, seed, mean=mean, sd=sd) - x)
-    return np.stack([noisy, first_guess(x, weight), region]).astype(np.float32, copy=False)
+    return np.stack([noisy, first_guess(x, weight, tissue=tissue), region]).astype(np.float32, copy=False)
 
 
 @njit(cache=True, nogil=True)

@@ -18,7 +18,7 @@ from scipy import ndimage
 
 from synthlong.case import Case
 from synthlong.errors import InputError
-from synthlong.hole import corrupt, first_guess, soft_hole
+from synthlong.hole import FLUID, corrupt, first_guess, hole_in
 from synthlong.lesions import LesionBank
 from synthlong.networks import UNet, UNetConfig, infer
 from synthlong.sampling import MOST_DRAWS, Sample, draw_orientation, draw_variation, vary
@@ -69,7 +69,7 @@ class Inpainter:
             seed: Seed of the noise in the holes.
         """
         x = np.asarray(x, np.float32)
-        weight = soft_hole(mask) * (x > 0)
+        weight = hole_in(x, mask)
         if not weight.any():
             return x.copy()
         guess = first_guess(x, weight, sweeps=200)
@@ -152,15 +152,16 @@ class HealthySampler:
             centre = np.unravel_index(flat[np.searchsorted(cumulative, rng.random())], self.cases[n].shape)
             target, _ = crop(self.cases[n].flair, centre, side)
             mask = self._draw_mask(rng, side)
-            weight = soft_hole(mask & (target > 0)) * (target > 0)
+            tissue = target >= FLUID
+            weight = hole_in(target, mask & tissue)
             hole = weight > 0.5
             if hole.sum() < 20 or (target[hole] > self._bright[n]).mean() > 0.02:
                 continue  # no tissue there, or hyperintense tissue without a label
             turn = draw_orientation(rng) if varied else (lambda a: a)
-            target, weight = turn(target), turn(weight)
+            target, weight, tissue = turn(target), turn(weight), turn(tissue)
             if varied:
                 target = vary(target, draw_variation(rng))
-            inputs = corrupt(target, weight, weight, seed=int(rng.integers(2**31)))
+            inputs = corrupt(target, weight, weight, seed=int(rng.integers(2**31)), tissue=tissue)
             return Sample(inputs, target[None], weight[None])
         names = ", ".join(c.id for c in self.cases)
         raise InputError(names, f"no lesion-free patches of {side}^3 voxels", "pass scans with fewer lesions")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from synthlong.case import Case
 from synthlong.errors import InputError
-from synthlong.hole import corrupt, soft_hole
+from synthlong.hole import FLUID, corrupt, hole_in
 from synthlong.inpainting import crop
 from synthlong.lesions import find_lesions
 from synthlong.networks import UNet, UNetConfig, infer
@@ -56,7 +56,7 @@ class LesionPainter:
             seed: Seed of the noise.
         """
         mask = np.asarray(mask) != 0
-        weight = soft_hole(mask) * (x > 0)
+        weight = hole_in(x, mask)
         seen = corrupt(x, weight, mask, seed=seed)
         change = infer(self.network, seen, precision=self.precision, device=self.device)[0]
         painted = np.maximum(seen[1] + change, 0)
@@ -91,12 +91,12 @@ class LesionSampler:
             mask, _ = crop(self.cases[n].lesions, centre, side)
             turn = draw_orientation(rng) if varied else (lambda a: a)
             target, mask = turn(target), turn(mask)
+            weight, tissue = hole_in(target, mask), target >= FLUID
             if varied:
                 target = vary(target, draw_variation(rng))
-            weight = soft_hole(mask) * (target > 0)
             if (weight == 0).mean() < 0.3 or mask.sum() < 4:
                 continue  # almost nothing but lesion
-            inputs = corrupt(target, weight, mask, seed=int(rng.integers(2**31)))
+            inputs = corrupt(target, weight, mask, seed=int(rng.integers(2**31)), tissue=tissue)
             return Sample(inputs, target[None], weight[None])
         names = ", ".join(c.id for c in self.cases)
         raise InputError(names, f"no lesions to learn from in patches of {side}^3 voxels", "pass scans with lesions")
