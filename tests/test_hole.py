@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from scipy import ndimage, sparse
 from scipy.sparse.linalg import spsolve
 
-from synthlong.hole import REACH, corrupt, faded, first_guess, grown_box, noise, soft_hole
+from synthlong.hole import FLUID, REACH, corrupt, faded, first_guess, grown_box, hole_in, noise, soft_hole
 
 
 def blob(seed, side=14, voxels=6):
@@ -73,7 +73,7 @@ def test_noise_depends_on_its_arguments_alone():
 
 
 def solve(x, weight):
-    """The discrete Laplace equation in the hole, by a direct solver; background neighbours are skipped."""
+    """The discrete Laplace equation in the hole, by a direct solver; CSF and background neighbours are skipped."""
     inside = weight > 0
     number = np.full(x.shape, -1)
     number[inside] = np.arange(inside.sum())
@@ -87,7 +87,7 @@ def solve(x, weight):
             if inside[to]:
                 matrix[row, row] += 1
                 matrix[row, number[to]] -= 1
-            elif x[to] != 0:
+            elif x[to] >= FLUID:
                 matrix[row, row] += 1
                 right[row] += x[to]
     filled = x.astype(np.float64)
@@ -100,6 +100,7 @@ def test_first_guess_solves_the_laplace_equation(centre):
     rng = np.random.default_rng(1)
     x = rng.uniform(0.5, 1.5, (16, 16, 16)).astype(np.float32)
     x[:, :7] = 0  # background
+    x[10:] *= 0.5  # CSF, half of it
     mask = np.linalg.norm(np.indices(x.shape) - np.reshape(centre, (3, 1, 1, 1)), axis=0) < 3
     weight, before = soft_hole(mask), x.copy()
     filled = first_guess(x, weight)
@@ -107,6 +108,29 @@ def test_first_guess_solves_the_laplace_equation(centre):
     assert filled.dtype == np.float32
     assert np.array_equal(filled[weight == 0], x[weight == 0])
     assert np.abs(filled - solve(x, weight)).max() < 2e-3
+
+
+def test_hole_stops_at_csf_and_background():
+    x = np.ones((20, 20, 20), np.float32)
+    x[11:], x[:, :9] = 0.3, 0
+    mask = np.zeros(x.shape, bool)
+    mask[9:12, 8:11, 10] = True  # one voxel deep in CSF, one in the background
+    weight = hole_in(x, mask)
+    assert np.array_equal(weight[x == 0], np.zeros((x == 0).sum()))
+    assert (weight[mask & (x > 0)] == 1).all()
+    csf = (x == np.float32(0.3)) & ~mask
+    assert not weight[csf].any()
+    rest = (x == 1) & ~mask
+    assert np.array_equal(weight[rest], soft_hole(mask)[rest])
+
+
+def test_first_guess_does_not_darken_beside_a_ventricle():
+    x = np.full((20, 20, 20), 1.1, np.float32)
+    x[12:] = 0.2
+    mask = np.zeros(x.shape, bool)
+    mask[8:12, 8:12, 8:12] = True
+    filled = first_guess(x, hole_in(x, mask))
+    assert np.abs(filled - x).max() < 1e-3
 
 
 def test_first_guess_continues_a_ramp():

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from synthlong.errors import InputError
-from synthlong.hole import first_guess, soft_hole
+from synthlong.hole import first_guess, hole_in, soft_hole
 from synthlong.inpainting import HealthySampler, Inpainter, _fade, _windows, crop, heal, put
 from synthlong.lesions import LesionBank, Shape
 from synthlong.networks import UNet, UNetConfig
@@ -66,7 +66,7 @@ def test_fill_without_lesions_is_a_copy(small_case):
 
 
 def test_an_untrained_inpainter_gives_the_first_guess(small_case):
-    weight = soft_hole(small_case.lesions) * (small_case.flair > 0)
+    weight = hole_in(small_case.flair, small_case.lesions)
     guess = first_guess(small_case.flair, weight, sweeps=200)
     expected = small_case.flair + weight * (guess - small_case.flair)
     filled = inpainter(trained=False).fill(small_case.flair, small_case.lesions)
