@@ -22,6 +22,7 @@ from synthlong.hole import FLUID, corrupt, first_guess, hole_in
 from synthlong.lesions import LesionBank
 from synthlong.networks import UNet, UNetConfig, infer
 from synthlong.sampling import MOST_DRAWS, Sample, draw_orientation, draw_variation, vary
+from synthlong.texture import roughen, texture_of
 from synthlong.weights import read_weights
 
 __all__ = ["HealthySampler", "Inpainter", "heal"]
@@ -84,7 +85,8 @@ class Inpainter:
             change[window] += fade * infer(self.network, seen, precision=self.precision, device=self.device)[0]
             total[window] += fade
         filled = np.maximum(guess + change / np.maximum(total, 1e-6), 0)
-        return np.where(weight > 0, x + weight * (filled - x), x)
+        smooth = np.where(weight > 0, x + weight * (filled - x), x)
+        return roughen(smooth, weight, texture_of(x, weight > 0), seed=seed)
 
 
 def heal(case: Case, inpainter: Inpainter) -> Case:

@@ -20,6 +20,7 @@ from synthlong.inpainting import crop
 from synthlong.lesions import find_lesions
 from synthlong.networks import UNet, UNetConfig, infer
 from synthlong.sampling import MOST_DRAWS, Sample, draw_orientation, draw_variation, vary
+from synthlong.texture import roughen, texture_of
 from synthlong.weights import read_weights
 
 __all__ = ["LesionPainter", "LesionSampler"]
@@ -60,7 +61,8 @@ class LesionPainter:
         seen = corrupt(x, weight, mask, seed=seed)
         change = infer(self.network, seen, precision=self.precision, device=self.device)[0]
         painted = np.maximum(seen[1] + change, 0)
-        return np.where(weight > 0, x + weight * (painted - x), x).astype(np.float32, copy=False)
+        smooth = np.where(weight > 0, x + weight * (painted - x), x).astype(np.float32, copy=False)
+        return roughen(smooth, weight, texture_of(x, weight > 0), seed=seed)
 
 
 class LesionSampler:

@@ -67,7 +67,7 @@ class SynthesisConfig:
     """
 
     box: int = 64
-    with_new_lesions: float = 0.55
+    with_new_lesions: float = 0.6
     around_events: float = 0.75
     new_mean: float = 3.0
     new_max: int = 30

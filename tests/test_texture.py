@@ -1,0 +1,61 @@
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from synthlong.texture import Texture, roughen, texture_of
+
+
+def grainy(shape, sd, widths, seed):
+    """A flat image with grain, made without the module under test."""
+    grain = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=shape), widths, mode="wrap")
+    return (1 + sd * grain / grain.std()).astype(np.float32)
+
+
+def neighbours(x, axis):
+    x = x - x.mean()
+    n = x.shape[axis]
+    return float((np.take(x, range(n - 1), axis) * np.take(x, range(1, n), axis)).mean() / (x**2).mean())
+
+
+@pytest.mark.parametrize("correlation", [(0.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.8, 0.6, 0.9)])
+def test_noise_has_the_correlation_asked_for(correlation):
+    noise = Texture(0.1, correlation).noise((64, 64, 64), seed=1)
+    assert noise.std() == pytest.approx(1, abs=0.01)
+    assert [neighbours(noise, a) for a in range(3)] == pytest.approx(correlation, abs=0.06)
+    assert np.array_equal(noise, Texture(0.1, correlation).noise((64, 64, 64), seed=1))
+    assert not np.array_equal(noise, Texture(0.1, correlation).noise((64, 64, 64), seed=2))
+
+
+def test_texture_is_measured_on_tissue_alone():
+    x = grainy((48, 48, 48), 0.05, (0.5, 0.5, 0.5), seed=0)
+    x[:, :10], x[:10] = 0.2, 0  # CSF, background
+    left_out = np.zeros(x.shape, np.uint8)
+    left_out[30:40, 30:40, 30:40] = 1
+    x[left_out > 0] += np.random.default_rng(1).normal(0, 0.5, left_out.sum()).astype(np.float32)
+    texture = texture_of(x, left_out)
+    assert texture.sd == pytest.approx(0.05, rel=0.1)
+    assert texture.correlation == pytest.approx([neighbours(x[12:, 12:28, 12:], a) for a in range(3)], abs=0.1)
+
+
+def test_texture_of_an_image_without_tissue_is_none():
+    nothing = np.zeros((12, 12, 12), np.float32)
+    assert texture_of(nothing, nothing).sd == 0
+    assert np.array_equal(roughen(nothing, nothing + 1, texture_of(nothing, nothing), seed=0), nothing)
+
+
+def test_roughen_gives_a_smooth_fill_the_grain_around():
+    x = grainy((48, 48, 48), 0.06, (0.6, 0.6, 0.6), seed=3)
+    weight = np.zeros(x.shape, np.float32)
+    weight[14:34, 14:34, 14:34] = 1
+    smooth = np.where(weight > 0, np.float32(1), x)
+    rough = roughen(smooth, weight, texture_of(x, weight), seed=4)
+    assert np.array_equal(rough[weight == 0], smooth[weight == 0])
+    inner = (slice(18, 30),) * 3
+    assert rough[inner].std() == pytest.approx(0.06, rel=0.15)
+    assert neighbours(rough[inner], 0) == pytest.approx(neighbours(x, 0), abs=0.12)
+
+
+def test_roughen_adds_little_to_what_is_rough_already():
+    x = grainy((40, 40, 40), 0.06, (0.6, 0.6, 0.6), seed=5)
+    added = roughen(x, np.ones_like(x), texture_of(x, np.zeros_like(x)), seed=6) - x
+    assert added.std() < 0.025
