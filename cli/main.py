@@ -67,15 +67,19 @@ def main(arguments: list[str] | None = None) -> int:
         result = app(arguments, standalone_mode=False)
         return result if isinstance(result, int) else 0
     except (KeyboardInterrupt, typer.Abort):
-        print("stopped", file=sys.stderr)
+        print(f"stopped{_way_on(arguments)}", file=sys.stderr)
         return 130
     except _Terminated:
-        print("terminated", file=sys.stderr)
+        print(f"terminated{_way_on(arguments)}", file=sys.stderr)
         return 143
     except Exception as error:
         if debug:
             traceback.print_exc()
         return _explain(error)
+
+
+def _way_on(arguments: list[str]) -> str:
+    return "; the same command goes on from there" if arguments[:1] in (["generate"], ["fit"]) else ""
 
 
 def _explain(error: Exception) -> int:

@@ -124,7 +124,9 @@ def test_stopped_run_leaves_no_worker_and_no_temporary(tmp_path, sent, code):
         time.sleep(0.2)
     process.send_signal(sent)
     assert process.wait(timeout=60) == code
-    assert "Traceback" not in process.stderr.read()
+    said = process.stderr.read()
     process.stderr.close()
+    assert "Traceback" not in said
+    assert "the same command goes on from there" in said
     assert group_is_gone(process.pid, within_s=5)
     assert not list((tmp_path / "out").rglob("*.tmp-*"))
