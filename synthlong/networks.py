@@ -91,8 +91,8 @@ def default_precision(device: str = "cpu") -> str:
     """Return "bf16" where the device computes it natively, else "float32"."""
     if device.startswith("cuda"):
         return "bf16" if torch.cuda.is_bf16_supported() else "float32"
-    flags = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if flags else "float32"
+    native = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every torch
+    return "bf16" if any(getattr(torch.cpu, name, bool)() for name in native) else "float32"
 
 
 def infer(network: UNet, x: NDArray, *, precision: str, device: str = "cpu") -> NDArray[np.float32]:

@@ -99,7 +99,7 @@ def generate(
     for name, value, low in (("pairs", pairs, 1), ("seed", seed, 0), ("shard_size", shard_size, 1)):
         if value < low:
             raise ConfigError(f"{name} = {value}: must be {low} or more")
-    workers = workers if workers > 0 else len(os.sched_getaffinity(0))
+    workers = workers if workers > 0 else _processors()
     config = config or SynthesisConfig()
     if config.precision == "auto":
         config = replace(config, precision=default_precision(config.device))  # type: ignore[arg-type]
@@ -137,6 +137,11 @@ def generate(
     write_index(out, plan["run_id"], sidecars)
     shutil.rmtree(out / "work", ignore_errors=True)
     return Outcome(pairs, len(sidecars), pairs - there, seconds, failures)
+
+
+def _processors() -> int:
+    """Return the number of processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def synthesis_of(config: SynthesisConfig) -> tuple[Inpainter, LesionPainter, LesionBank]:
