@@ -9,8 +9,7 @@ new scanners.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +19,10 @@ from synthlong.case import Case
 from synthlong.errors import InputError
 from synthlong.hole import FLUID, corrupt, first_guess, hole_in
 from synthlong.lesions import LesionBank
-from synthlong.networks import UNet, UNetConfig, infer
+from synthlong.networks import UNetConfig
 from synthlong.sampling import MOST_DRAWS, Sample, draw_orientation, draw_variation, vary
 from synthlong.texture import roughen, texture_of
-from synthlong.weights import read_weights
+from synthlong.weights import TrainedNetwork
 
 __all__ = ["HealthySampler", "Inpainter", "heal"]
 
@@ -31,32 +30,10 @@ NETWORK = UNetConfig(in_channels=3, out_channels=1)
 _WINDOW, _STRIDE = 48, 32
 
 
-@dataclass(frozen=True, eq=False)
-class Inpainter:
-    """The trained network.
+class Inpainter(TrainedNetwork):
+    """The network that removes lesions."""
 
-    Args:
-        network: In evaluation mode.
-        sha256: Of the weights' file.
-        precision: "bf16" or "float32".
-        device: Torch device.
-    """
-
-    network: UNet
-    sha256: str
-    precision: str = "float32"
-    device: str = "cpu"
-
-    @staticmethod
-    def default_path() -> Path:
-        """Return the shipped weights' path."""
-        return Path(__file__).parent / "assets" / "inpainter.safetensors"
-
-    @classmethod
-    def read(cls, path: Path | None = None, *, precision: str = "float32", device: str = "cpu") -> Inpainter:
-        """Read weights (default: the shipped ones)."""
-        network, sha256 = read_weights(path or cls.default_path(), task="inpainter")
-        return cls(network.to(device), sha256, precision, device)
+    task = "inpainter"
 
     def fill(self, x: NDArray, mask: NDArray, *, seed: int = 0) -> NDArray[np.float32]:
         """Return the image with its lesions replaced by tissue; all else stays bit for bit, background too.
@@ -82,7 +59,7 @@ class Inpainter:
             seen = corrupt(part, hole, hole, seed=seed + place)
             seen[1] = guess[window]
             fade = _fade(part.shape)
-            change[window] += fade * infer(self.network, seen, precision=self.precision, device=self.device)[0]
+            change[window] += fade * self.change(seen)
             total[window] += fade
         filled = np.maximum(guess + change / np.maximum(total, 1e-6), 0)
         smooth = np.where(weight > 0, x + weight * (filled - x), x)

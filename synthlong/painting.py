@@ -7,9 +7,6 @@ a mask where there is none, it paints one. As in `inpainting`, it corrects a smo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,35 +15,20 @@ from synthlong.errors import InputError
 from synthlong.hole import FLUID, corrupt, hole_in
 from synthlong.inpainting import crop
 from synthlong.lesions import find_lesions
-from synthlong.networks import UNet, UNetConfig, infer
+from synthlong.networks import UNetConfig
 from synthlong.sampling import MOST_DRAWS, Sample, draw_orientation, draw_variation, vary
 from synthlong.texture import roughen, texture_of
-from synthlong.weights import read_weights
+from synthlong.weights import TrainedNetwork
 
 __all__ = ["LesionPainter", "LesionSampler"]
 
 NETWORK = UNetConfig(in_channels=3, out_channels=1)
 
 
-@dataclass(frozen=True, eq=False)
-class LesionPainter:
-    """The trained network; arguments as those of `Inpainter`."""
+class LesionPainter(TrainedNetwork):
+    """The network that adds lesions."""
 
-    network: UNet
-    sha256: str
-    precision: str = "float32"
-    device: str = "cpu"
-
-    @staticmethod
-    def default_path() -> Path:
-        """Return the shipped weights' path."""
-        return Path(__file__).parent / "assets" / "generator.safetensors"
-
-    @classmethod
-    def read(cls, path: Path | None = None, *, precision: str = "float32", device: str = "cpu") -> LesionPainter:
-        """Read weights (default: the shipped ones)."""
-        network, sha256 = read_weights(path or cls.default_path(), task="generator")
-        return cls(network.to(device), sha256, precision, device)
+    task = "generator"
 
     def paint(self, x: NDArray, mask: NDArray, *, seed: int) -> NDArray[np.float32]:
         """Return a box with a lesion painted into it; 2.5 voxels from the mask on it stays bit for bit.
@@ -59,8 +41,7 @@ class LesionPainter:
         mask = np.asarray(mask) != 0
         weight = hole_in(x, mask)
         seen = corrupt(x, weight, mask, seed=seed)
-        change = infer(self.network, seen, precision=self.precision, device=self.device)[0]
-        painted = np.maximum(seen[1] + change, 0)
+        painted = np.maximum(seen[1] + self.change(seen), 0)
         smooth = np.where(weight > 0, x + weight * (painted - x), x).astype(np.float32, copy=False)
         return roughen(smooth, weight, texture_of(x, weight > 0), seed=seed)
 

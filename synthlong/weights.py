@@ -9,20 +9,56 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from synthlong.errors import InputError
-from synthlong.networks import UNet, UNetConfig
+from synthlong.networks import UNet, UNetConfig, infer
 
-__all__ = ["read_weights", "write_weights"]
+__all__ = ["TrainedNetwork", "read_weights", "write_weights"]
 
 _KEY = "synthlong"
 _FORMAT = "synthlong-weights/1"
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedNetwork:
+    """A network with its weights, for use.
+
+    Args:
+        network: In evaluation mode, on `device`.
+        sha256: Of the weights' file.
+        precision: "bf16" or "float32".
+        device: Torch device.
+    """
+
+    task: ClassVar[str]
+    network: UNet
+    sha256: str
+    precision: str = "float32"
+    device: str = "cpu"
+
+    @classmethod
+    def default_path(cls) -> Path:
+        """Return the shipped weights' path."""
+        return Path(__file__).parent / "assets" / f"{cls.task}.safetensors"
+
+    @classmethod
+    def read(cls, path: Path | None = None, *, precision: str = "float32", device: str = "cpu") -> Self:
+        """Read weights (default: the shipped ones); see `read_weights`."""
+        network, sha256 = read_weights(path or cls.default_path(), task=cls.task)
+        return cls(network.to(device), sha256, precision, device)
+
+    def change(self, seen: NDArray) -> NDArray[np.float32]:
+        """Return what the network adds to the first guess, shape `(I, J, K)`, from what it sees `(3, I, J, K)`."""
+        return infer(self.network, seen, precision=self.precision, device=self.device)[0]
 
 
 def write_weights(path: Path, network: UNet, *, task: str, card: dict[str, Any]) -> str:
