@@ -26,7 +26,8 @@ from synthlong.inpainting import heal
 from synthlong.manifest import read_cases
 from synthlong.networks import default_precision
 from synthlong.pair import render
-from synthlong.recipe import SynthesisConfig, draw_recipe, rng_of
+from synthlong.recipe import draw_recipe, rng_of
+from synthlong.synthesis import SynthesisConfig
 
 _STEPS = ("infer", "first_guess", "soft_hole", "draw_recipe", "put_back_real", "add_synthetic", "render")
 

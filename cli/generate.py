@@ -25,7 +25,7 @@ def generate(
     from dataclasses import replace
 
     from synthlong.dataset.run import generate as run
-    from synthlong.recipe import SynthesisConfig
+    from synthlong.synthesis import SynthesisConfig
 
     from .progress import progress_bar
 

@@ -18,7 +18,7 @@ def replay(
     """Render a pair again from its recipe, check it against the shard, and write it as NIfTI."""
     from synthlong.dataset.export import write_pair
     from synthlong.dataset.replay import replay as again
-    from synthlong.recipe import SynthesisConfig
+    from synthlong.synthesis import SynthesisConfig
 
     chosen = SynthesisConfig.from_toml(config) if config else None
     pair = again(run, number, source=cases, config=chosen, whole=whole)

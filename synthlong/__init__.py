@@ -14,7 +14,7 @@ _HOME = {
     "Case": "case",
     "read_case": "case",
     "read_cases": "manifest",
-    "SynthesisConfig": "recipe",
+    "SynthesisConfig": "synthesis",
     "LesionEvent": "recipe",
     "Recipe": "recipe",
     "draw_recipe": "recipe",

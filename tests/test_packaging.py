@@ -48,7 +48,7 @@ from synthlong.atlas import lesion_prior, tissue_maps
 from synthlong.dataset.plan import asset_hashes, bundled_cases
 from synthlong.dataset.run import synthesis_of
 from synthlong.manifest import find_cases
-from synthlong.recipe import SynthesisConfig
+from synthlong.synthesis import SynthesisConfig
 lesion_prior(), tissue_maps(), asset_hashes(SynthesisConfig()), synthesis_of(SynthesisConfig(precision="float32"))
 assert [c.subject for c in find_cases(bundled_cases())] == ["cs07", "cs19"]
 """

@@ -10,16 +10,8 @@ from synthlong.hole import REACH, soft_hole
 from synthlong.lesions import core, read_bank
 from synthlong.pair import render
 from synthlong.placement import allowed_of, site_mask
-from synthlong.recipe import (
-    Box,
-    LesionEvent,
-    Orientation,
-    Recipe,
-    SynthesisConfig,
-    draw_recipe,
-    lesions_of,
-    rng_of,
-)
+from synthlong.recipe import Box, LesionEvent, Orientation, Recipe, draw_recipe, lesions_of, rng_of
+from synthlong.synthesis import SynthesisConfig
 
 DEFAULT = SynthesisConfig()
 BUSY = replace(

@@ -11,16 +11,8 @@ from hypothesis import strategies as st
 from synthlong.errors import ConfigError
 from synthlong.lesions import core, read_bank
 from synthlong.placement import Site, allowed_of, site_mask
-from synthlong.recipe import (
-    Box,
-    LesionEvent,
-    Orientation,
-    Recipe,
-    SynthesisConfig,
-    draw_recipe,
-    lesions_of,
-    rng_of,
-)
+from synthlong.recipe import Box, LesionEvent, Orientation, Recipe, draw_recipe, lesions_of, rng_of
+from synthlong.synthesis import SynthesisConfig
 
 DEFAULT = SynthesisConfig()
 

@@ -17,8 +17,9 @@ from synthlong.dataset.plan import adopt_plan, make_plan
 from synthlong.dataset.shards import Sample, write_index, write_shard
 from synthlong.errors import ConfigError, InputError
 from synthlong.placement import Site
-from synthlong.recipe import Box, LesionEvent, Orientation, Recipe, SynthesisConfig
+from synthlong.recipe import Box, LesionEvent, Orientation, Recipe
 from synthlong.report import _changes, _chosen, _data_uri, write_report
+from synthlong.synthesis import SynthesisConfig
 
 SIDE, START = 16, (60, 100, 80)
 TURN = Orientation((2, 0, 1), (True, False, True))

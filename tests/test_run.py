@@ -12,7 +12,7 @@ from synthlong.dataset.plan import read_plan, source_of
 from synthlong.dataset.replay import replay
 from synthlong.dataset.run import generate
 from synthlong.errors import ConfigError, InputError, InputWarning, OutputError
-from synthlong.recipe import SynthesisConfig
+from synthlong.synthesis import SynthesisConfig
 
 SIDES = (72, 80, 64)
 CONFIG = SynthesisConfig(box=32, new_mean=4.0)

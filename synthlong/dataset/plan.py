@@ -23,7 +23,7 @@ from synthlong.errors import ConfigError, InputError, OutputError
 from synthlong.inpainting import Inpainter
 from synthlong.lesions import LesionBank
 from synthlong.painting import LesionPainter
-from synthlong.recipe import SynthesisConfig
+from synthlong.synthesis import SynthesisConfig
 
 __all__ = [
     "adopt_plan",

@@ -17,7 +17,8 @@ from synthlong.errors import ConfigError, InputError, InputWarning, SynthlongErr
 from synthlong.inpainting import heal
 from synthlong.manifest import find_cases
 from synthlong.pair import Pair, render
-from synthlong.recipe import Recipe, SynthesisConfig
+from synthlong.recipe import Recipe
+from synthlong.synthesis import SynthesisConfig
 
 __all__ = ["replay"]
 

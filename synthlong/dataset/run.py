@@ -33,7 +33,8 @@ from synthlong.manifest import CaseFiles, find_cases
 from synthlong.networks import default_precision
 from synthlong.painting import LesionPainter
 from synthlong.pair import Pair, render
-from synthlong.recipe import SynthesisConfig, draw_recipe, rng_of
+from synthlong.recipe import draw_recipe, rng_of
+from synthlong.synthesis import SynthesisConfig
 
 __all__ = ["Outcome", "generate", "synthesis_of"]
 

@@ -16,7 +16,8 @@ import numpy as np
 from synthlong.case import Case
 from synthlong.lesions import LesionMap
 from synthlong.placement import PlacementMap, allowed_of
-from synthlong.recipe import SynthesisConfig, lesions_of, placements_of
+from synthlong.recipe import lesions_of, placements_of
+from synthlong.synthesis import SynthesisConfig
 
 __all__ = ["open_case", "store_case", "stored_stamp"]
 

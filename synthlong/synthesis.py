@@ -1,0 +1,166 @@
+"""How pairs are drawn: the options of a run, from TOML or from code."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from synthlong.errors import ConfigError, short
+from synthlong.hole import REACH
+
+__all__ = ["SynthesisConfig"]
+
+
+@dataclass(frozen=True)
+class SynthesisConfig:
+    """How pairs are drawn. Shares and probabilities lie in [0, 1], means are per pair (whole brain).
+
+    Args:
+        box: Side of the rendered cubes, voxels of 1 mm.
+        with_new_lesions: Share of the recipes that have new lesions anywhere in the brain.
+        around_events: Share of the boxes placed around an event (a new lesion where there is one); the others
+            lie at random over the brain's bounding box.
+        new_mean: Mean number of new lesions in recipes that have any (1 + geometric).
+        new_max: Most new lesions.
+        real_share: Share of new and vanished lesions that are real ones of the case, as far as it has them.
+        vanished_mean: Mean number of vanished lesions (Poisson).
+        enlarging_mean: Mean number of enlarging lesions (Poisson).
+        shrinking_mean: Mean number of shrinking lesions (Poisson).
+        stable_mean: Mean number of synthetic lesions present at both visits (Poisson).
+        removed_share: Probability that a real lesion is removed from both visits.
+        core_share: Range of the volume share that an enlarging or shrinking lesion has when small.
+        volume_median_mm3: Median volume of synthetic lesions (log-normal).
+        volume_log_sd: SD of the volume's natural logarithm.
+        max_event_mm3: Largest lesion that may change; larger real ones are split at their necks.
+        gray_matter: Weight of gray matter beside white matter's 1 in the placement of lesions.
+        margin: Voxels between a synthetic lesion and any other.
+        orientations: "all" 48 orthogonal ones, "mirror" (left-right only) or "none"; one for both visits.
+        prior: Lesion prior, NIfTI in MNI space; default: the shipped one.
+        lesion_bank: Lesion bank (.npz); default: the shipped one.
+        inpainter: Weights; default: the shipped ones.
+        generator: Weights; default: the shipped ones.
+        painter: How synthetic lesions are made: "network".
+        precision: Of the networks: "bf16", "float32", or "auto": bf16 where the processor computes it
+            natively.
+        device: Torch device of the networks.
+        compression: Of the shards: "blosc-lz4" or "none".
+    """
+
+    box: int = 64
+    with_new_lesions: float = 0.6
+    around_events: float = 0.75
+    new_mean: float = 3.0
+    new_max: int = 30
+    real_share: float = 0.4
+    vanished_mean: float = 0.4
+    enlarging_mean: float = 0.5
+    shrinking_mean: float = 0.3
+    stable_mean: float = 1.0
+    removed_share: float = 0.1
+    core_share: tuple[float, float] = (0.3, 0.7)
+    volume_median_mm3: float = 45.0
+    volume_log_sd: float = 1.1
+    max_event_mm3: float = 3000.0
+    gray_matter: float = 0.3
+    margin: int = 5
+    orientations: Literal["all", "mirror", "none"] = "all"
+    prior: str | None = None
+    lesion_bank: str | None = None
+    inpainter: str | None = None
+    generator: str | None = None
+    painter: Literal["network"] = "network"
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    device: str = "cpu"
+    compression: Literal["blosc-lz4", "none"] = "blosc-lz4"
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            value = _plain(option.name, getattr(self, option.name), option.default)
+            object.__setattr__(self, option.name, value)
+        shares = ("with_new_lesions", "around_events", "real_share", "removed_share", "gray_matter")
+        means = ("vanished_mean", "enlarging_mean", "shrinking_mean", "stable_mean")
+        _check(self, shares, lambda v: 0 <= v <= 1, "in [0, 1]")
+        _check(self, means, lambda v: 0 <= v <= 100, "in [0, 100]")
+        _check(self, ("box",), lambda v: 16 <= v <= 160, "a whole number in 16..160")
+        _check(self, ("new_mean",), lambda v: 1 <= v <= 100, "in [1, 100]")
+        _check(self, ("new_max",), lambda v: 1 <= v <= 200, "a whole number in 1..200")
+        _check(self, ("volume_median_mm3",), lambda v: 4 <= v <= 3000, "in [4, 3000] mm3")
+        _check(self, ("volume_log_sd",), lambda v: 0 <= v <= 3, "in [0, 3]")
+        _check(self, ("max_event_mm3",), lambda v: 10 <= v <= 1e5, "in [10, 1e5] mm3")
+        _check(self, ("margin",), lambda v: 2 * REACH - 1 <= v <= 20, f"a whole number in {2 * REACH - 1}..20")
+        low_high = lambda v: len(v) == 2 and 0.05 <= v[0] <= v[1] <= 0.95  # noqa: E731
+        _check(self, ("core_share",), low_high, "two numbers in [0.05, 0.95], rising")
+        _check(self, ("orientations",), lambda v: v in ("all", "mirror", "none"), "all, mirror or none")
+        _check(self, ("painter",), lambda v: v == "network", "network")
+        _check(self, ("precision",), lambda v: v in ("auto", "bf16", "float32"), "auto, bf16 or float32")
+        _check(self, ("compression",), lambda v: v in ("blosc-lz4", "none"), "blosc-lz4 or none")
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> SynthesisConfig:
+        """Read a config; keys are the arguments of this class, paths are relative to the file.
+
+        Raises:
+            ConfigError: Not TOML, an unknown key, a value of the wrong type or outside its range.
+        """
+        path = Path(path)
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"{short(path)}: not a readable TOML file ({error})") from error
+        for key in ("prior", "lesion_bank", "inpainter", "generator"):
+            if isinstance(values.get(key), str):
+                values[key] = str((path.parent / values[key]).resolve())
+        try:
+            return cls.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"{short(path)}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SynthesisConfig:
+        """Build a config from plain values, refusing unknown keys and wrong types."""
+        known = {f.name: f for f in fields(cls)}
+        for key in values:
+            if key not in known:
+                import difflib
+
+                near = difflib.get_close_matches(key, known, 1)
+                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+                raise ConfigError(f"unknown option {key!a}; {hint}")
+        return cls(**values)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the config as plain JSON."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**values, "core_share": list(self.core_share)}
+
+
+def _plain(name: str, value: Any, default: Any) -> Any:
+    """Return a value in the type of its option's default, so that equal configs have equal JSON."""
+
+    def number(v: Any) -> float:
+        if isinstance(v, bool) or not isinstance(v, (int, float)):
+            raise TypeError
+        return float(v)
+
+    kinds = {float: "a number", int: "a whole number", tuple: "a list of numbers"}
+    try:
+        if isinstance(default, float):
+            return number(value)
+        if isinstance(default, tuple) and isinstance(value, (list, tuple)):
+            return tuple(number(v) for v in value)
+        wanted = (str, type(None)) if default is None else type(default)
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            raise TypeError
+    except (TypeError, OverflowError):
+        raise ConfigError(f"{name} = {value!a}: must be {kinds.get(type(default), 'text')}") from None
+    return value
+
+
+def _check(config: SynthesisConfig, names: tuple[str, ...], good: Callable[[Any], bool], range_: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not good(value):
+            raise ConfigError(f"{name} = {value!a}: must be {range_}")
