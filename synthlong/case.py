@@ -58,7 +58,7 @@ class Case:
     scan_mean: float = 0.0
     scan_sd: float = 1.0
     sources: dict[str, str] = field(default_factory=dict)
-    derived: dict[Any, Any] = field(default_factory=dict, repr=False)
+    derived: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("lesions", "brain", "tissue", "healthy"):

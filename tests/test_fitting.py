@@ -149,7 +149,7 @@ def test_impossible_settings_are_refused(wrong):
 def test_fit_on_cases_keeps_a_patient_out(small_case, tmp_path, monkeypatch, task):
     lesions = np.zeros_like(small_case.lesions)
     lesions[8:11, 20, 20] = lesions[9, 19:22, 20] = 1
-    cases = [replace(small_case, id=i, lesions=lesions, derived={}) for i in ("a_ses-1", "a_ses-2", "b")]
+    cases = [replace(small_case, id=i, lesions=lesions) for i in ("a_ses-1", "a_ses-2", "b")]
     monkeypatch.setattr("synthlong.inpainting.NETWORK", NETWORK)
     monkeypatch.setattr("synthlong.painting.NETWORK", NETWORK)
     out = tmp_path / "w.safetensors"

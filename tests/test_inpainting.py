@@ -142,7 +142,7 @@ def spacious(small_case):
     """A case with one lesion in a corner of the brain, and room for patches of 16^3."""
     lesions = np.zeros_like(small_case.lesions)
     lesions[8:11, 20, 20] = 1
-    return replace(small_case, lesions=lesions, flair=small_case.healthy.copy(), derived={})
+    return replace(small_case, lesions=lesions, flair=small_case.healthy.copy())
 
 
 def sampler(*cases):
@@ -178,7 +178,7 @@ def test_healthy_samples_vary_but_repeat(spacious):
 
 
 def test_no_lesion_free_patch_is_an_error(small_case):
-    full = replace(small_case, lesions=np.ones_like(small_case.lesions), derived={})
+    full = replace(small_case, lesions=np.ones_like(small_case.lesions))
     full.lesions[:2] = 0
     full.brain[:2] = 1
     with pytest.raises(InputError, match="no lesion-free patches of 16"):

@@ -95,7 +95,7 @@ def test_lesion_samples_vary_but_repeat(small_case):
 
 
 def test_no_lesions_to_learn_from(small_case):
-    none = replace(small_case, lesions=np.zeros_like(small_case.lesions), derived={})
+    none = replace(small_case, lesions=np.zeros_like(small_case.lesions))
     with pytest.raises(InputError, match="no lesions"):
         LesionSampler([none]).draw(np.random.default_rng(0), side=16)
     tiny = none.lesions.copy()

@@ -170,7 +170,7 @@ def test_a_removed_neighbour_does_not_touch_a_lesion_that_stays(small_case):
     labels = np.zeros(small_case.shape, np.uint8)
     labels[28:31, 20, 20] = labels[33:36, 20, 20] = 1
     flair = np.where(labels, small_case.healthy + np.float32(0.6), small_case.healthy)
-    case = replace(small_case, lesions=labels, flair=flair, derived={})
+    case = replace(small_case, lesions=labels, flair=flair)
     pair = rendered(case, with_events(case, [(1, 1), (0, 1)]))
     assert np.array_equal(pair.baseline[28:31, 20, 20], flair[28:31, 20, 20])
     assert np.array_equal(pair.baseline[33:36, 20, 20], case.healthy[33:36, 20, 20])
@@ -270,7 +270,7 @@ def test_rendering_changes_nothing_and_repeats(whole_case):
     text = recipe.to_json()
     before = {n: getattr(whole_case, n).copy() for n in ("flair", "healthy", "lesions", "tissue", "affine")}
     first = rendered(whole_case, recipe)
-    again = rendered(replace(whole_case, derived={}), Recipe.from_json(text))
+    again = rendered(replace(whole_case), Recipe.from_json(text))
     for name in (*IMAGES, *MASKS, "affine"):
         assert np.array_equal(getattr(first, name), getattr(again, name))
     assert recipe.to_json() == text

@@ -96,7 +96,7 @@ def test_a_newer_recipe_is_refused(recipes):
 
 def test_one_recipe_for_a_seed_case_and_number(small_case):
     first = draw(small_case, 3)
-    fresh = replace(small_case, derived={})
+    fresh = replace(small_case)
     assert draw(fresh, 3) == first
     assert len({draw(small_case, k).to_json() for k in range(10)}) == 10
     assert draw(small_case, 3, seed=1) != first
