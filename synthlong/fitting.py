@@ -25,7 +25,7 @@ from synthlong.atlas import lesion_prior, sample_map
 from synthlong.case import Case
 from synthlong.errors import ConfigError, InputError
 from synthlong.lesions import read_bank
-from synthlong.networks import UNet, UNetConfig, default_precision
+from synthlong.networks import UNet, UNetConfig, check_device, default_precision
 from synthlong.sampling import Sample
 from synthlong.weights import write_weights
 
@@ -103,6 +103,7 @@ def fit(
         card: What the card says beside the figures.
         progress: Called as (step, steps, loss).
     """
+    check_device(config.device)
     torch.manual_seed(config.seed)
     model = UNet(network).to(config.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     adam = torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.999))

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["ConvBlock", "UNet", "UNetConfig", "default_precision", "infer"]
+from synthlong.errors import ConfigError
+
+__all__ = ["ConvBlock", "UNet", "UNetConfig", "check_device", "default_precision", "infer"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,16 @@ class UNet(nn.Module):
             x = F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=False)
             x = block(torch.cat([skips.pop(), x], dim=1))
         return self.head(x)
+
+
+def check_device(device: str) -> None:
+    """Raise a ConfigError if torch cannot compute on a device here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device = {device!a}: not usable here; use cpu, or cuda:0 with a CUDA build of torch"
+        ) from error
 
 
 def default_precision(device: str = "cpu") -> str:

@@ -44,6 +44,7 @@ def test_every_verb_explains_itself(verb):
         (["generate", CASES, "-o", "x", "--pairs", "0", "--seed", "1"], 2, "pairs = 0"),
         (["generate", CASES, "-o", "x", "--pairs", "two", "--seed", "1"], 2, "--pairs"),
         (["generate", CASES, "-o", "x", "--pairs", "1", "--seed", "1", "--config", "no.toml"], 2, "no.toml"),
+        (["generate", CASES, "-o", "x", "--pairs", "1", "--seed", "1", "--device", "abacus"], 2, "abacus"),
         (["generate", CASES, "-o", "/proc/x", "--pairs", "1", "--seed", "1"], 3, "proc/x"),
         (["export", "nowhere", "-o", "x"], 1, "nowhere"),
         (["export", "nowhere", "-o", "x", "--pairs", "a"], 2, "--pairs a"),

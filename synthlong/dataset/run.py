@@ -30,7 +30,7 @@ from synthlong.errors import ConfigError, InputError, InputWarning, OutputError,
 from synthlong.inpainting import Inpainter, heal
 from synthlong.lesions import LesionBank, read_bank
 from synthlong.manifest import CaseFiles, find_cases
-from synthlong.networks import default_precision
+from synthlong.networks import check_device, default_precision
 from synthlong.painting import LesionPainter
 from synthlong.pair import Pair, render
 from synthlong.recipe import draw_recipe, rng_of
@@ -102,6 +102,7 @@ def generate(
             raise ConfigError(f"{name} = {value}: must be {low} or more")
     workers = workers if workers > 0 else _processors()
     config = config or SynthesisConfig()
+    check_device(config.device)
     if config.precision == "auto":
         config = replace(config, precision=default_precision(config.device))  # type: ignore[arg-type]
     files, assets = find_cases(source), asset_hashes(config)
