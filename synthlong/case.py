@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from synthlong.errors import InputError, InputWarning, short
+from synthlong.hole import FLUID
 from synthlong.nifti import Volume, read_nifti
 from synthlong.tissue import CSF, classify_tissue, fitted_tissue_maps, is_whole
 
@@ -144,6 +145,8 @@ def read_case(
     if mode < 0.1 * tissue_values.mean(dtype=np.float64):
         raise InputError(flair, "much of its brain tissue is 0", "check the brain mask and the labels")
     values /= np.float32(mode)
+    if "tissue" not in extra:  # thin sulci, too dark to be tissue whatever their surroundings say
+        labels[brain_mask & ~inside & (values < FLUID)] = CSF
     _warn_empty(lesion, inside)
     return Case(
         id=subject if subject is not None else _subject_of(flair),
