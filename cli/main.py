@@ -65,6 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         result = app(arguments, standalone_mode=False)
+        if result == 130:  # the argument parser's word for Ctrl-C
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         print(f"stopped{_way_on(arguments)}", file=sys.stderr)
