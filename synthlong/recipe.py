@@ -251,7 +251,7 @@ def draw_recipe(case: Case, config: SynthesisConfig, rng: np.random.Generator) -
         box=_draw_box(rng, config, case, lesions, events, masks),
         events=tuple(events),
         orientation=_draw_orientation(rng, config),
-        scaling=_scaling_of(case),
+        scaling=scaling_of(case),
         origin_mm=(float(case.affine[0, 3]), float(case.affine[1, 3]), float(case.affine[2, 3])),
         max_event_mm3=float(config.max_event_mm3),
         margin=config.margin,
@@ -374,7 +374,7 @@ def _draw_box(
         inset = min(size // 8, 8)
         start = where[int(rng.integers(len(where)))] - rng.integers(inset, size - inset, 3)
     else:
-        low, high = _brain_bounds(case)
+        low, high = bounds_of(case)
         last = np.maximum(high - size, low)
         start = rng.integers(low, last + 1)
     fixed = [
@@ -383,7 +383,7 @@ def _draw_box(
     return Box((fixed[0], fixed[1], fixed[2]), size, "event" if around else "uniform")
 
 
-def _brain_bounds(case: Case) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def bounds_of(case: Case) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return first and last + 1 voxel of the brain along each axis, worked out once."""
     if "bounds" not in case.derived:
         box = grown_box(case.brain > 0, 0)
@@ -391,7 +391,7 @@ def _brain_bounds(case: Case) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     return case.derived["bounds"]
 
 
-def _scaling_of(case: Case) -> tuple[tuple[float, float], tuple[float, float]]:
+def scaling_of(case: Case) -> tuple[tuple[float, float], tuple[float, float]]:
     """Return mean and SD of the whole scan, for both visits; the few lesion voxels do not move them."""
     if "scaling" not in case.derived:
         mean, sd = float(case.flair.mean(dtype=np.float64)), float(case.flair.std(dtype=np.float64))

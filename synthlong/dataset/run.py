@@ -40,6 +40,7 @@ __all__ = ["Outcome", "generate", "synthesis_of"]
 
 _MB_PER_PAIR = {"blosc-lz4": 0.75, "none": 2.1}
 _MB_PER_CASE = 140
+_MOST_OPEN = 16  # a case holds a dozen file descriptors while it is open, and opening one takes milliseconds
 
 Progress = Callable[[str, int, int], None]
 """Called as (stage, done, total)."""
@@ -328,7 +329,7 @@ def _sample(pair: Pair, patient: str) -> Sample:
     )
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=_MOST_OPEN)
 def _opened(folder: Path, config: SynthesisConfig) -> Case:
     return open_case(folder, config)
 

@@ -16,7 +16,7 @@ import numpy as np
 from synthlong.case import Case
 from synthlong.lesions import LesionMap
 from synthlong.placement import PlacementMap, allowed_of
-from synthlong.recipe import lesions_of, placements_of
+from synthlong.recipe import bounds_of, lesions_of, placements_of, scaling_of
 from synthlong.synthesis import SynthesisConfig
 
 __all__ = ["open_case", "store_case", "stored_stamp"]
@@ -48,6 +48,8 @@ def store_case(folder: Path, case: Case, config: SynthesisConfig, *, stamp: dict
         "scan_mean": case.scan_mean,
         "scan_sd": case.scan_sd,
         "sources": case.sources,
+        "bounds": [side.tolist() for side in bounds_of(case)],
+        "scaling": scaling_of(case)[0],
         "boxes": [[[s.start, s.stop] for s in box] for box in lesions.boxes],
         "stamp": stamp,
     }
@@ -85,6 +87,9 @@ def open_case(folder: Path, config: SynthesisConfig) -> Case:
         sources=plain["sources"],
         **{name: array(name) for name in _ARRAYS},
     )
+    first, last = plain["bounds"]
+    case.derived["bounds"] = (np.array(first), np.array(last))
+    case.derived["scaling"] = tuple(plain["scaling"])
     case.derived["lesions", float(config.max_event_mm3)] = lesions
     case.derived["allowed", config.margin] = array("allowed")
     key = ("placements", config.prior, config.gray_matter, config.margin)

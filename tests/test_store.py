@@ -1,0 +1,68 @@
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from synthlong import pair, recipe
+from synthlong.dataset import run
+from synthlong.dataset.store import open_case, store_case, stored_stamp
+from synthlong.pair import render
+from synthlong.recipe import draw_recipe, rng_of
+from synthlong.synthesis import SynthesisConfig
+
+CONFIG = SynthesisConfig(box=24, with_new_lesions=1.0, new_mean=4.0)
+
+
+class Bright:
+    """A painter without a network."""
+
+    def paint(self, x, mask, *, seed):
+        return np.where(mask, 1.5, x).astype(np.float32)
+
+
+@pytest.fixture
+def stored(small_case, tmp_path):
+    store_case(tmp_path / "case-small", small_case, CONFIG, stamp={"seed": 1})
+    return tmp_path / "case-small"
+
+
+def test_a_stored_case_gives_the_same_pairs_without_working_anything_out(small_case, stored, monkeypatch):
+    wanted = []
+    for k in range(5):
+        drawn = draw_recipe(small_case, CONFIG, rng_of(0, small_case.id, k))
+        wanted.append((drawn, render(small_case, drawn, painter=Bright())))
+
+    def forbidden(*_, **__):
+        raise AssertionError("worked out again")
+
+    for module, name in ((recipe, "find_lesions"), (recipe, "find_placements"), (recipe, "grown_box")):
+        monkeypatch.setattr(module, name, forbidden)
+    case = open_case(stored, CONFIG)
+    for k, (drawn, made) in enumerate(wanted):
+        again = draw_recipe(case, CONFIG, rng_of(0, case.id, k))
+        assert again == drawn
+        other = render(case, again, painter=Bright())
+        for name in ("baseline", "followup", "new_lesions", "evolution", "lesions_baseline", "lesions_followup"):
+            assert np.array_equal(getattr(other, name), getattr(made, name)), name
+    assert pair.NEW in {code for _, made in wanted for code in np.unique(made.evolution)}
+
+
+def test_stamp_tells_what_a_stored_case_depends_on(stored, tmp_path, small_case):
+    assert stored_stamp(stored) == {"seed": 1}
+    assert stored_stamp(tmp_path / "none") is None
+    store_case(stored, small_case, CONFIG, stamp={"seed": 2})
+    assert stored_stamp(stored) == {"seed": 2}
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors in /proc")
+def test_many_cases_take_few_descriptors(stored, tmp_path):
+    before = len(os.listdir("/proc/self/fd"))
+    for n in range(60):
+        folder = tmp_path / f"case-{n}"
+        shutil.copytree(stored, folder)
+        assert run._opened(folder, CONFIG).id == "small"
+    assert len(os.listdir("/proc/self/fd")) - before < 256
+    run._opened.cache_clear()
+    assert len(os.listdir("/proc/self/fd")) <= before
