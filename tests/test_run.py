@@ -188,6 +188,26 @@ def test_replay_notices_a_pair_that_differs(run, monkeypatch):
         replay(run, 0)
 
 
+def test_preferred_orientation_is_part_of_the_run(manifest, tmp_path):
+    """Scans whose sform and qform disagree: refused, or read by one of them, in `replay` too."""
+    for name in ("cs07_FLAIR", "cs07_mask"):
+        image = nib.load(manifest.parent / f"{name}.nii.gz")
+        moved = image.affine.copy()
+        moved[0, 3] += 3
+        image.set_qform(moved, 1)
+        nib.save(image, tmp_path / f"{name}.nii.gz")
+    (tmp_path / "cases.csv").write_text("subject,flair,mask\ncs07,cs07_FLAIR.nii.gz,cs07_mask.nii.gz\n")
+    few = OPTIONS | {"pairs": 1}
+    with pytest.raises(InputError, match="sform"):
+        generate(tmp_path / "cases.csv", tmp_path / "out", workers=1, **few)
+    generate(tmp_path / "cases.csv", tmp_path / "out", workers=1, prefer="qform", **few)
+    with pytest.raises(ConfigError, match="prefer: qform -> sform"):
+        generate(tmp_path / "cases.csv", tmp_path / "out", workers=1, prefer="sform", **few)
+    sform = nib.load(manifest.parent / "cs07_FLAIR.nii.gz").affine
+    corner = min(sform[0, 3], (sform @ (SIDES[0] - 1, 0, 0, 1))[0])
+    assert replay(tmp_path / "out", 0).recipe.origin_mm[0] == pytest.approx(corner + 3)
+
+
 def test_export_is_bids_with_true_geometry(run, tmp_path):
     export_pairs(run, tmp_path, numbers=[2])
     files = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.nii.gz")}

@@ -51,6 +51,7 @@ def make_plan(
     shard_size: int,
     config: SynthesisConfig,
     assets: dict[str, str],
+    prefer: str | None = None,
 ) -> dict[str, Any]:
     """Return the plan as plain JSON.
 
@@ -63,6 +64,7 @@ def make_plan(
         shard_size: Pairs in a shard.
         config: How pairs are drawn, "auto" resolved.
         assets: Result of `asset_hashes`.
+        prefer: Which of two disagreeing orientations of a scan is used.
     """
     plain = config.as_dict() | dict.fromkeys(assets)  # their hashes stand under "assets"
     libraries = ("torch", "numpy", "scipy", "numba", "h5py", "hdf5plugin")
@@ -75,6 +77,7 @@ def make_plan(
         "config_sha256": hashlib.sha256(canonical_json(plain).encode()).hexdigest(),
         "assets": assets,
         "cases": cases,
+        "prefer": prefer,
         "versions": {"synthlong": synthlong.__version__, **{name: version(name) for name in libraries}},
         "machine": {"cpu": torch.backends.cpu.get_cpu_capability(), "device": config.device},
     }

@@ -58,7 +58,7 @@ def replay(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # with two, the bits of a result change
     try:
-        case = files.read()
+        case = files.read(prefer=plan["prefer"])
         recorded = next(c["sources"] for c in plan["cases"] if c["subject"] == recipe.case_id)
         if case.sources != recorded:
             role = next(r for r in {**recorded, **case.sources} if recorded.get(r) != case.sources.get(r))

@@ -108,7 +108,7 @@ def generate(
         config = replace(config, precision=default_precision(config.device))  # type: ignore[arg-type]
     files, assets = find_cases(source), asset_hashes(config)
     options: dict[str, Any] = {"pairs": pairs, "seed": seed, "shard_size": shard_size}
-    options |= {"config": config, "assets": assets}
+    options |= {"config": config, "assets": assets, "prefer": prefer}
 
     if (out / "index.json").exists():
         known = {case["subject"] for case in read_plan(out)["cases"]}
