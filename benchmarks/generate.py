@@ -52,7 +52,7 @@ def main() -> None:
     print(f"peak memory of the largest worker: {children:.2f} GB")
 
     torch.set_num_threads(1)
-    config = SynthesisConfig(precision=default_precision())  # type: ignore[arg-type]
+    config = SynthesisConfig(precision=default_precision())
     inpainter, painter, bank = synthesis_of(config)
     case = heal(next(read_cases(bundled_cases())), inpainter)
     draw_recipe(case, config, rng_of(0, case.id, 0))

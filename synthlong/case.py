@@ -23,7 +23,7 @@ from synthlong.hole import FLUID
 from synthlong.nifti import Volume, read_nifti
 from synthlong.tissue import CSF, classify_tissue, fitted_tissue_maps, is_whole
 
-__all__ = ["Case", "read_case"]
+__all__ = ["Case", "patient_of", "read_case"]
 
 _SMALLEST_SIDE_MM = 16
 _LARGEST_SIDE_MM = 512
@@ -347,6 +347,11 @@ def _mode(values: NDArray[np.float32]) -> float:
     density = ndimage.gaussian_filter1d(counts.astype(float), sigma, mode="constant")
     best = int(density.argmax())
     return float(edges[best] + edges[best + 1]) / 2
+
+
+def patient_of(case_id: str) -> str:
+    """Return a case's patient: its id without the session."""
+    return case_id.split("_ses-")[0]
 
 
 def _subject_of(path: Path) -> str:

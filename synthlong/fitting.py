@@ -22,10 +22,10 @@ from torch import Tensor
 
 from synthlong import inpainting, painting
 from synthlong.atlas import lesion_prior, sample_map
-from synthlong.case import Case
+from synthlong.case import Case, patient_of
 from synthlong.errors import ConfigError, InputError
 from synthlong.lesions import read_bank
-from synthlong.networks import UNet, UNetConfig, check_device, default_precision
+from synthlong.networks import UNet, UNetConfig, check_device, default_precision, infer
 from synthlong.sampling import Sample
 from synthlong.weights import write_weights
 
@@ -165,14 +165,10 @@ def fit_on_cases(
         card: What the card says beside the figures.
         progress: Called as (step, steps, loss).
     """
-
-    def patient(case: Case) -> str:
-        return case.id.split("_ses-")[0]
-
-    patients = sorted({patient(c) for c in cases})
+    patients = sorted({patient_of(c.id) for c in cases})
     if hold_out is not None and hold_out not in patients:
         raise ConfigError(f"--hold-out {hold_out}: no such patient; there are {', '.join(patients)}")
-    groups = [[c for c in cases if patient(c) != hold_out], [c for c in cases if patient(c) == hold_out]]
+    groups = [[c for c in cases if (patient_of(c.id) == hold_out) == kept_out] for kept_out in (False, True)]
     if not groups[0]:
         raise ConfigError("no patient is left to train on; pass more cases, or hold none out")
     samplers: list[Sampler | None] = [None, None]
@@ -210,9 +206,7 @@ def hole_errors(model: UNet, sampler: Sampler, config: FitConfig) -> dict[str, f
     for n in range(_HELD_OUT_SAMPLES):
         rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(1, n)))
         sample = sampler.draw(rng, side=config.sides[n % len(config.sides)], varied=False)
-        inputs = torch.from_numpy(sample.inputs)[None].repeat(2, 1, 1, 1, 1).to(config.device)
-        with torch.inference_mode(), _autocast(config):
-            change = model(inputs.to(memory_format=torch.channels_last_3d))[0].float().cpu().numpy()
+        change = infer(model, sample.inputs, precision=config.precision, device=config.device)
         hole = sample.weight > 0.5
         guess, truth = sample.inputs[1:2][hole], sample.target[hole]
         wrong = guess + change[hole] - truth

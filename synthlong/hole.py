@@ -96,7 +96,13 @@ def first_guess(
 
 
 def corrupt(
-    x: NDArray, weight: NDArray, region: NDArray, *, seed: int, tissue: NDArray[np.bool_] | None = None
+    x: NDArray,
+    weight: NDArray,
+    region: NDArray,
+    *,
+    seed: int,
+    tissue: NDArray[np.bool_] | None = None,
+    guess: NDArray | None = None,
 ) -> NDArray[np.float32]:
     """Return what a network sees of an image with a hole.
 
@@ -106,6 +112,7 @@ def corrupt(
         region: What the network is told of the hole: `weight` itself, or the lesion to paint.
         seed: Seed of the noise.
         tissue: As for `first_guess`.
+        guess: A `first_guess` made already, of more than this part of an image; None: make it here.
 
     Returns:
         `(3, I, J, K)`: the image with noise in the hole, with the first guess in the hole, the region.
@@ -113,7 +120,8 @@ def corrupt(
     rest = x[(weight == 0) & (x > 0)]
     mean, sd = (float(rest.mean()), float(rest.std())) if rest.size else (1.0, 0.2)
     noisy = x + weight * (noise(x.shape, seed, mean=mean, sd=sd) - x)
-    return np.stack([noisy, first_guess(x, weight, tissue=tissue), region]).astype(np.float32, copy=False)
+    guess = first_guess(x, weight, tissue=tissue) if guess is None else guess
+    return np.stack([noisy, guess, region]).astype(np.float32, copy=False)
 
 
 @njit(cache=True, nogil=True)

@@ -56,8 +56,7 @@ class Inpainter(TrainedNetwork):
         for window in _windows(weight > 0):
             part, hole = x[window], weight[window]
             place = int(np.ravel_multi_index([s.start for s in window], x.shape))
-            seen = corrupt(part, hole, hole, seed=seed + place)
-            seen[1] = guess[window]
+            seen = corrupt(part, hole, hole, seed=seed + place, guess=guess[window])
             fade = _fade(part.shape)
             change[window] += fade * self.change(seen)
             total[window] += fade

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from synthlong.case import Case, read_case
+from synthlong.case import Case, patient_of, read_case
 from synthlong.errors import InputError, InputWarning, short
 
 __all__ = ["CaseFiles", "find_cases", "read_cases"]
@@ -61,7 +61,7 @@ class CaseFiles:
     @property
     def patient(self) -> str:
         """The subject without its session."""
-        return self.subject.split("_ses-")[0]
+        return patient_of(self.subject)
 
 
 def find_cases(source: str | Path) -> list[CaseFiles]:

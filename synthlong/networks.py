@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 import torch
@@ -99,7 +100,7 @@ def check_device(device: str) -> None:
         ) from error
 
 
-def default_precision(device: str = "cpu") -> str:
+def default_precision(device: str = "cpu") -> Literal["bf16", "float32"]:
     """Return "bf16" where the device computes it natively, else "float32"."""
     if device.startswith("cuda"):
         return "bf16" if torch.cuda.is_bf16_supported() else "float32"

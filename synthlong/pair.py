@@ -131,7 +131,8 @@ class _Scene:
     """The part of both visits that lies in a region of the case's grid."""
 
     def __init__(self, case: Case, region: tuple[slice, ...]) -> None:
-        self.case, self.region = case, region
+        assert case.healthy is not None
+        self.case, self.healthy, self.region = case, case.healthy, region
         shape = tuple(r.stop - r.start for r in region)
         self.visits = [np.array(case.flair[region], np.float32) for _ in range(2)]
         self.lesions = [np.zeros(shape, bool) for _ in range(2)]
@@ -175,7 +176,7 @@ class _Scene:
                 self._record(extents[0], extents[1], event, meet)
         within = tuple(slice(r.start - w.start, r.stop - w.start) for r, w in zip(self.region, wide, strict=True))
         hole = soft_hole(labels > 0)[within]
-        healthy = case.healthy[self.region]  # type: ignore[index]
+        healthy = self.healthy[self.region]
         for image, kept in zip(self.visits, present, strict=True):
             removed = (labels > 0) & ~kept
             if removed.any():  # a neighbour that is removed does not eat into a lesion that stays
@@ -201,7 +202,7 @@ class _Scene:
             self._record(extents[0], extents[1], event, at)
         side = next((c for c in _CONTEXTS if max(mask.shape) + 2 * _CONTEXT_MARGIN <= c), max(mask.shape) + 16)
         centre = tuple((b.start + b.stop) // 2 for b in box)
-        context, start = crop(self.case.healthy, centre, side)  # type: ignore[arg-type]
+        context, start = crop(self.healthy, centre, side)
         matter, _ = crop(self.case.tissue, centre, side)
         meet = _meet(tuple(slice(s, s + side) for s in start), self.region)
         inside = tuple(slice(b.start - s, b.stop - s) for b, s in zip(box, start, strict=True))

@@ -91,8 +91,7 @@ class SynthesisConfig:
         _check(self, ("volume_log_sd",), lambda v: 0 <= v <= 3, "in [0, 3]")
         _check(self, ("max_event_mm3",), lambda v: 10 <= v <= 1e5, "in [10, 1e5] mm3")
         _check(self, ("margin",), lambda v: 2 * REACH - 1 <= v <= 20, f"a whole number in {2 * REACH - 1}..20")
-        low_high = lambda v: len(v) == 2 and 0.05 <= v[0] <= v[1] <= 0.95  # noqa: E731
-        _check(self, ("core_share",), low_high, "two numbers in [0.05, 0.95], rising")
+        _check(self, ("core_share",), _rising, "two numbers in [0.05, 0.95], rising")
         _check(self, ("orientations",), lambda v: v in ("all", "mirror", "none"), "all, mirror or none")
         _check(self, ("painter",), lambda v: v == "network", "network")
         _check(self, ("precision",), lambda v: v in ("auto", "bf16", "float32"), "auto, bf16 or float32")
@@ -157,6 +156,10 @@ def _plain(name: str, value: Any, default: Any) -> Any:
     except (TypeError, OverflowError):
         raise ConfigError(f"{name} = {value!a}: must be {kinds.get(type(default), 'text')}") from None
     return value
+
+
+def _rising(shares: tuple[float, ...]) -> bool:
+    return len(shares) == 2 and 0.05 <= shares[0] <= shares[1] <= 0.95
 
 
 def _check(config: SynthesisConfig, names: tuple[str, ...], good: Callable[[Any], bool], range_: str) -> None:

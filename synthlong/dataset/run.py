@@ -105,7 +105,7 @@ def generate(
     config = config or SynthesisConfig()
     check_device(config.device)
     if config.precision == "auto":
-        config = replace(config, precision=default_precision(config.device))  # type: ignore[arg-type]
+        config = replace(config, precision=default_precision(config.device))
     files, assets = find_cases(source), asset_hashes(config)
     options: dict[str, Any] = {"pairs": pairs, "seed": seed, "shard_size": shard_size}
     options |= {"config": config, "assets": assets, "prefer": prefer}
