@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from . import atlas, check, demo, export, fit, generate, replay, report
+from . import atlas, augment, check, demo, export, fit, generate, replay, report
 
 __all__ = ["app", "main"]
 
@@ -28,6 +28,7 @@ app.command("generate")(generate.generate)
 app.command("report")(report.report)
 app.command("export")(export.export)
 app.command("replay")(replay.replay)
+app.command("augment")(augment.augment)
 app.command("atlas")(atlas.atlas)
 app.command("fit")(fit.fit)
 

@@ -23,7 +23,7 @@ from synthlong.hole import FLUID
 from synthlong.nifti import Volume, read_nifti
 from synthlong.tissue import CSF, classify_tissue, fitted_tissue_maps, is_whole
 
-__all__ = ["Case", "patient_of", "read_case"]
+__all__ = ["Case", "mode_of", "patient_of", "read_case"]
 
 _SMALLEST_SIDE_MM = 16
 _LARGEST_SIDE_MM = 512
@@ -141,7 +141,7 @@ def read_case(
     if tissue_values.size < 1000 or tissue_values.min() == tissue_values.max():
         problem = "too little brain tissue outside lesions and CSF"
         raise InputError(flair, problem, "check the brain mask and the labels")
-    mode = _mode(tissue_values)
+    mode = mode_of(tissue_values)
     if mode < 0.1 * tissue_values.mean(dtype=np.float64):
         raise InputError(flair, "much of its brain tissue is 0", "check the brain mask and the labels")
     values /= np.float32(mode)
@@ -337,7 +337,7 @@ def _has_shell(values: NDArray[np.float32], brain: NDArray[np.bool_]) -> bool:
     return rim > 1.3 * inside or below < 0.75 * inside
 
 
-def _mode(values: NDArray[np.float32]) -> float:
+def mode_of(values: NDArray[np.float32]) -> float:
     """Return the mode by a Gaussian kernel density estimate (Silverman's bandwidth, on a fine grid)."""
     low, high = np.percentile(values, (0.1, 99.9))
     counts, edges = np.histogram(values, bins=_KNOT_GRID, range=(float(low), float(high)))

@@ -37,6 +37,10 @@ _MOST_EXTENSION_BYTES = 1 << 26  # between header and voxels
 _MOST_PADDING_BYTES = 1 << 16  # zeros after the voxels
 _BLOCK, _PIECE = 1 << 16, 1 << 20  # bytes read, and bytes inflated, at a time
 _TOLERANCE_MM = 0.1  # between sform and qform, at the grid's corners
+_GEOMETRY = (
+    *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+    *("sform_code", "srow_x", "srow_y", "srow_z", "pixdim", "xyzt_units"),
+)
 _AGAIN = "copy or export it again"
 _CONVERT = "give a single 3-D .nii or .nii.gz file"
 
@@ -51,6 +55,7 @@ class Volume:
         path: The file.
         sha256: Hex digest of the file's bytes as stored.
         coded: Whether sform or qform is set (code above 0); if not, `affine` is a guess from voxel sizes.
+        header: nibabel's header, as stored.
     """
 
     data: NDArray[np.float32]
@@ -58,6 +63,7 @@ class Volume:
     path: Path
     sha256: str
     coded: bool
+    header: Any
 
 
 class _Layout(NamedTuple):
@@ -109,10 +115,12 @@ def read_nifti(path: str | Path, *, prefer: str | None = None, allow_empty: bool
     if not allow_empty and data.min() == data.max():
         problem = f"is constant (all voxels {data.flat[0]:g})"
         raise InputError(path, problem, "give an image with contrast")
-    return Volume(data, affine, path, digest.hexdigest(), coded)
+    return Volume(data, affine, path, digest.hexdigest(), coded, layout.header)
 
 
-def write_nifti(path: str | Path, data: NDArray, affine: ArrayLike, *, code: int = 4) -> None:
+def write_nifti(
+    path: str | Path, data: NDArray, affine: ArrayLike, *, code: int = 4, like: Volume | None = None
+) -> None:
     """Write a volume as NIfTI-1, whole or not at all; equal arguments give equal bytes.
 
     sform and qform both hold `affine`; one with shear, which a qform cannot hold, goes to the sform only.
@@ -122,6 +130,7 @@ def write_nifti(path: str | Path, data: NDArray, affine: ArrayLike, *, code: int
         data: Voxels, shape `(I, J, K)`, float32 or uint8; stored unscaled.
         affine: Voxel index to RAS+ world in mm, shape `(4, 4)`.
         code: NIfTI xform code of both forms, 1 to 5; 4 is MNI152.
+        like: Take both forms, codes, voxel sizes and units of this one's header instead, digit by digit.
 
     Raises:
         OutputError: The place cannot be written to.
@@ -140,6 +149,9 @@ def write_nifti(path: str | Path, data: NDArray, affine: ArrayLike, *, code: int
     header.set_qform(affine, code)
     if not _corner_distance_mm(data.shape, header.get_sform(), header.get_qform()) <= _TOLERANCE_MM:
         header["qform_code"] = 0
+    if like is not None:
+        for name in _GEOMETRY:
+            header[name] = like.header[name]
     voxels = data.astype(data.dtype.newbyteorder("<"), copy=False).tobytes(order="F")
     content = header.binaryblock + bytes(4) + voxels
     if path.name.endswith(".gz"):

@@ -3,20 +3,21 @@
     Case, Recipe -> render -> Pair
 
 Each visit starts from the healthy brain and gets back the lesions that it has: a real one from the scan's own
-voxels, a synthetic one from the painter. No randomness: the same case and recipe give the same pair.
+voxels, a synthetic one from the painter; then both are turned, and last each goes through its own acquisition. No
+randomness: the same case and recipe give the same pair.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from synthlong.case import Case
-from synthlong.errors import ConfigError, InputError
+from synthlong.errors import InputError
 from synthlong.hole import REACH, faded, soft_hole
 from synthlong.inpainting import crop
 from synthlong.lesions import LesionBank, LesionMap, core, read_bank
@@ -76,7 +77,7 @@ def render(
 ) -> Pair:
     """Render a pair.
 
-    Away from lesions that change (more than `hole.REACH` voxels) both visits are equal bit for bit.
+    Away from lesions that change (more than `hole.REACH` voxels) both visits are equal bit for bit before artifacts.
 
     Args:
         case: The recipe's case, with its healthy volume.
@@ -93,31 +94,41 @@ def render(
         raise InputError(case.id, f"the recipe is for case '{recipe.case_id}'", "render it with that case")
     if case.healthy is None:
         raise InputError(case.id, "its healthy volume is missing", "make it with `inpainting.heal(case, inpainter)`")
-    if recipe.artifacts:
-        raise ConfigError("the recipe has artifacts, which this version does not render; update synthlong")
     start = (0, 0, 0) if whole else recipe.box.start
     shape = case.shape if whole else (recipe.box.size,) * 3
     region = tuple(slice(s, s + n) for s, n in zip(start, shape, strict=True))
     inner = tuple(slice(max(r.start, 0), min(r.stop, n)) for r, n in zip(region, case.shape, strict=True))
-    scene = _Scene(case, inner)
+    artifacts = recipe.artifacts
+    steps = (artifacts.baseline, artifacts.followup)
+    scans = [_Scan(case.flair, case.healthy)] * 2
+    if artifacts.before_editing:
+        scans = [_Scan(*(_acquired(x, s, case.affine) for x in scan)) for scan, s in zip(scans, steps, strict=True)]
+    scene = _Scene(case, scans, inner)
     scene.put_back_real(lesions_of(case, recipe.max_event_mm3), recipe.events)
     for event in recipe.events:
         if event.source == "synthetic":
             scene.add_synthetic(event, allowed_of(case, recipe.margin), painter, bank or read_bank())
     beyond = [(i.start - r.start, r.stop - i.stop) for i, r in zip(inner, region, strict=True)]
-    turn = recipe.orientation
-    if whole and tuple(case.shape[a] for a in turn.axes) != case.shape:
-        turn = Orientation()
     affine = case.affine.copy()
     affine[:3, 3] += affine[:3, :3] @ np.array(start, float)
+    turn, turned_affine = recipe.orientation, recipe.orientation.apply_affine(affine, shape)
+    back = Orientation()
+    if whole and tuple(case.shape[a] for a in turn.axes) != case.shape:
+        turn, back = back, turn.inverse
 
     def finish(array: NDArray) -> NDArray:
         return turn.apply(np.pad(array, beyond))
 
+    def finish_visit(image: NDArray, steps: tuple[Any, ...]) -> NDArray:
+        if artifacts.before_editing or not steps:
+            return finish(image)
+        turned = recipe.orientation.apply(np.pad(image, beyond))
+        return back.apply(_acquired(turned, steps, turned_affine))
+
     (first, last), evolution = scene.visits, scene.evolution
     return Pair(
-        baseline=finish(first),
-        followup=finish(last),
+        baseline=finish_visit(first, artifacts.baseline),
+        followup=finish_visit(last, artifacts.followup),
         new_lesions=finish((evolution == NEW).astype(np.uint8)),
         evolution=finish(evolution),
         lesions_baseline=finish(scene.lesions[0].astype(np.uint8)),
@@ -127,14 +138,30 @@ def render(
     )
 
 
+class _Scan(NamedTuple):
+    """What a visit is edited from, with and without the lesions."""
+
+    flair: NDArray[np.float32]
+    healthy: NDArray[np.float32]
+
+
+def _acquired(image: NDArray[np.float32], steps: tuple[Any, ...], affine: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Return the image with its artifacts and a background of 0: scans are skull-stripped after acquisition."""
+    import torch
+
+    from synthlong.artifacts import acquire
+
+    x = torch.from_numpy(np.require(image, requirements=("C", "W")))
+    return acquire(x, steps=steps, affine=affine, zero_background=True).numpy()
+
+
 class _Scene:
     """The part of both visits that lies in a region of the case's grid."""
 
-    def __init__(self, case: Case, region: tuple[slice, ...]) -> None:
-        assert case.healthy is not None
-        self.case, self.healthy, self.region = case, case.healthy, region
+    def __init__(self, case: Case, scans: list[_Scan], region: tuple[slice, ...]) -> None:
+        self.case, self.scans, self.region = case, scans, region
         shape = tuple(r.stop - r.start for r in region)
-        self.visits = [np.array(case.flair[region], np.float32) for _ in range(2)]
+        self.visits = [np.array(scan.flair[region], np.float32) for scan in scans]
         self.lesions = [np.zeros(shape, bool) for _ in range(2)]
         self.evolution = np.zeros(shape, np.uint8)
 
@@ -176,12 +203,11 @@ class _Scene:
                 self._record(extents[0], extents[1], event, meet)
         within = tuple(slice(r.start - w.start, r.stop - w.start) for r, w in zip(self.region, wide, strict=True))
         hole = soft_hole(labels > 0)[within]
-        healthy = self.healthy[self.region]
-        for image, kept in zip(self.visits, present, strict=True):
+        for image, scan, kept in zip(self.visits, self.scans, present, strict=True):
             removed = (labels > 0) & ~kept
             if removed.any():  # a neighbour that is removed does not eat into a lesion that stays
                 weight = soft_hole(removed) * (1 - faded(kept, full=0, zero=_PROTECTED))
-                image[...] = _mix(image, healthy, weight[within] / np.maximum(hole, 1e-6))
+                image[...] = _mix(image, scan.healthy[self.region], weight[within] / np.maximum(hole, 1e-6))
 
     def add_synthetic(
         self, event: LesionEvent, allowed: NDArray[np.bool_], painter: Painter | None, bank: LesionBank
@@ -202,11 +228,10 @@ class _Scene:
             self._record(extents[0], extents[1], event, at)
         side = next((c for c in _CONTEXTS if max(mask.shape) + 2 * _CONTEXT_MARGIN <= c), max(mask.shape) + 16)
         centre = tuple((b.start + b.stop) // 2 for b in box)
-        context, start = crop(self.healthy, centre, side)
-        matter, _ = crop(self.case.tissue, centre, side)
+        matter, start = crop(self.case.tissue, centre, side)
         meet = _meet(tuple(slice(s, s + side) for s in start), self.region)
         inside = tuple(slice(b.start - s, b.stop - s) for b, s in zip(box, start, strict=True))
-        wholes = [np.zeros(context.shape, bool) for _ in extents]
+        wholes = [np.zeros(matter.shape, bool) for _ in extents]
         for whole, extent in zip(wholes, extents, strict=True):
             whole[inside] = extent
         if not meet or not (wholes[0] | wholes[1]).any():
@@ -216,15 +241,18 @@ class _Scene:
         large = max(wholes, key=np.count_nonzero)
         hole = soft_hole(large)
         near = (hole > 0) & (matter >= GRAY)  # a lesion ends where CSF begins
-        painted = painter.paint(context, large, seed=event.seed)
-        for visit, whole in zip(self.visits, wholes, strict=True):
+        painted: dict[int, NDArray[np.float32]] = {}
+        for visit, scan, whole in zip(self.visits, self.scans, wholes, strict=True):
             if not whole.any():
                 continue
-            shown = painted
+            context, _ = crop(scan.healthy, centre, side)
+            if id(scan) not in painted:  # the same for both visits where they are edited from one scan
+                painted[id(scan)] = painter.paint(context, large, seed=event.seed)
+            shown = painted[id(scan)]
             lost = large & ~whole
             if lost.any():  # painted anew near its smaller border only: farther inside both visits are equal
                 smaller = painter.paint(context, whole, seed=event.seed)
-                shown = _mix(painted, smaller, soft_hole(lost) / np.maximum(hole, 1e-6))
+                shown = _mix(shown, smaller, soft_hole(lost) / np.maximum(hole, 1e-6))
             visit[mine] = np.where(near[theirs], shown[theirs], visit[mine])
 
 

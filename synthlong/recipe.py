@@ -1,4 +1,4 @@
-"""The recipe of a pair: every lesion of both visits, the box, the orientation. All the randomness is here.
+"""The recipe of a pair: the lesions of both visits, the box, the orientation, the artifacts. All randomness is here.
 
     Case, SynthesisConfig -> draw_recipe -> Recipe
 
@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,10 @@ from synthlong.lesions import SMALLEST_EVENT_MM3, LesionBank, LesionMap, core, f
 from synthlong.placement import PlacementMap, Site, allowed_of, draw_site, find_placements
 from synthlong.synthesis import SynthesisConfig
 
-__all__ = ["Box", "LesionEvent", "Orientation", "Recipe", "draw_recipe", "rng_of"]
+if TYPE_CHECKING:
+    from synthlong.artifacts import RandomAcquisition
+
+__all__ = ["Artifacts", "Box", "LesionEvent", "Orientation", "Recipe", "draw_recipe", "rng_of"]
 
 VERSION = 1
 _PLACEMENT_TRIES = 20
@@ -115,6 +119,12 @@ class Orientation:
         steps = tuple(slice(None, None, -1 if f else 1) for f in self.flips)
         return np.ascontiguousarray(array.transpose(self.axes)[steps])
 
+    @property
+    def inverse(self) -> Orientation:
+        """The orientation that turns back."""
+        i, j, k = (self.axes.index(a) for a in range(3))
+        return Orientation((i, j, k), (self.flips[i], self.flips[j], self.flips[k]))
+
     def apply_affine(self, affine: NDArray[np.float64], shape: tuple[int, ...]) -> NDArray[np.float64]:
         """Return the affine of the turned array; `shape` is that before turning."""
         turn = np.zeros((4, 4))
@@ -126,6 +136,27 @@ class Orientation:
 
 
 @dataclass(frozen=True)
+class Artifacts:
+    """What the acquisition did to each visit.
+
+    Args:
+        baseline: Steps of `artifacts.acquire`: name and parameters of each artifact, plain JSON; none = untouched.
+        followup: The same for the follow-up.
+        before_editing: Whether the scan has them already when its lesions are edited, on its whole grid. Else they
+            come last, on the turned box, where "axial" is what its affine says.
+    """
+
+    baseline: tuple[Any, ...] = ()
+    followup: tuple[Any, ...] = ()
+    before_editing: bool = False
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> Artifacts:
+        """Read what `dataclasses.asdict` gave."""
+        return cls(tuple(plain["baseline"]), tuple(plain["followup"]), plain["before_editing"])
+
+
+@dataclass(frozen=True)
 class Recipe:
     """All that is needed, with the case, to render a pair.
 
@@ -133,12 +164,13 @@ class Recipe:
         case_id: The case.
         box: The rendered cube.
         events: Every lesion of both visits.
-        orientation: Applied last, to both visits and all masks.
-        scaling: Mean and SD of the whole scan in the pair's intensities, at each visit, for z-scores.
+        orientation: Applied after the lesions, to both visits and all masks.
+        scaling: Mean and SD of the whole scan in the pair's intensities, at each visit, for z-scores; without the
+            artifacts.
         origin_mm: MNI coordinates of the case's first voxel; its grid is RAS+ at 1 mm.
         max_event_mm3: Limit at which real lesions were split, which their numbers depend on.
         margin: Voxels kept free around real lesions, where synthetic ones are cut off.
-        artifacts: Acquisition artifacts of each visit; none so far.
+        artifacts: Acquisition artifacts of each visit.
         version: Of this format.
     """
 
@@ -150,7 +182,7 @@ class Recipe:
     origin_mm: tuple[float, float, float] = (-91.0, -126.0, -72.0)
     max_event_mm3: float = 3000.0
     margin: int = 5
-    artifacts: tuple[Any, ...] = ()
+    artifacts: Artifacts = Artifacts()
     version: int = field(default=VERSION)
 
     @property
@@ -163,7 +195,7 @@ class Recipe:
     def to_json(self) -> str:
         """Return canonical JSON: sorted keys, no spaces, ASCII."""
         plain = {
-            "artifacts": list(self.artifacts),
+            "artifacts": asdict(self.artifacts),
             "box": {"placed": self.box.placed, "size": self.box.size, "start": list(self.box.start)},
             "case": self.case_id,
             "events": [e.as_dict() for e in self.events],
@@ -198,7 +230,7 @@ class Recipe:
                 origin_mm=(plain["origin_mm"][0], plain["origin_mm"][1], plain["origin_mm"][2]),
                 max_event_mm3=plain["max_event_mm3"],
                 margin=plain["margin"],
-                artifacts=tuple(plain["artifacts"]),
+                artifacts=Artifacts.from_dict(plain["artifacts"]),
                 version=plain["version"],
             )
         except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -255,6 +287,7 @@ def draw_recipe(case: Case, config: SynthesisConfig, rng: np.random.Generator) -
         origin_mm=(float(case.affine[0, 3]), float(case.affine[1, 3]), float(case.affine[2, 3])),
         max_event_mm3=float(config.max_event_mm3),
         margin=config.margin,
+        artifacts=_draw_artifacts(rng, config),
     )
 
 
@@ -408,3 +441,20 @@ def _draw_orientation(rng: np.random.Generator, config: SynthesisConfig) -> Orie
     i, j, k = (int(a) for a in rng.permutation(3))
     a, b, c = (bool(f) for f in rng.random(3) < 0.5)
     return Orientation((i, j, k), (a, b, c))
+
+
+def _draw_artifacts(rng: np.random.Generator, config: SynthesisConfig) -> Artifacts:
+    """Draw each visit's own acquisition."""
+    if config.artifacts == "none":
+        return Artifacts()
+    before = config.artifacts == "before_editing"
+    acquisition = _acquisition("kamraoui" if before else config.artifacts)
+    first, last = (tuple(acquisition.draw_params(rng)["steps"]) for _ in range(2))
+    return Artifacts(first, last, before)
+
+
+@lru_cache(maxsize=4)
+def _acquisition(preset: Any) -> RandomAcquisition:
+    from synthlong.artifacts import RandomAcquisition
+
+    return RandomAcquisition(preset)

@@ -176,8 +176,16 @@ def _pair(number: int, subject: str, recipe: Recipe, baseline: NDArray, followup
     more = "".join(f"<p>{name}</p>{panels}" for name, panels in rows[1:])
     return (
         f"<article><h3>Pair {number} <span>subject {escape(subject)} · box {placed} · {rows[0][0]}</span>"
-        f"</h3>{_chips(changes or [('none', 'no lesion that changes')])}{rows[0][1]}"
+        f"</h3>{_chips(changes or [('none', 'no lesion that changes')])}<p>{_artifacts(recipe)}</p>{rows[0][1]}"
         f"<details><summary>the other two planes</summary>{more}</details></article>"
+    )
+
+
+def _artifacts(recipe: Recipe) -> str:
+    """Return what the acquisition did to each visit, in words."""
+    both = (("baseline", recipe.artifacts.baseline), ("follow-up", recipe.artifacts.followup))
+    return "artifacts: " + "; ".join(
+        f"{visit} {', '.join(escape(name) for name, _ in steps) or 'none'}" for visit, steps in both
     )
 
 

@@ -37,6 +37,8 @@ class SynthesisConfig:
         max_event_mm3: Largest lesion that may change; larger real ones are split at their necks.
         gray_matter: Weight of gray matter beside white matter's 1 in the placement of lesions.
         margin: Voxels between a synthetic lesion and any other.
+        artifacts: Each visit's own: "mild" or "kamraoui" (presets of `artifacts.RandomAcquisition`), "none", or
+            "before_editing": those of "kamraoui", on the scan before its lesions are edited, as in Kamraoui et al.
         orientations: "all" 48 orthogonal ones, "mirror" (left-right only) or "none"; one for both visits.
         prior: Lesion prior, NIfTI in MNI space; default: the shipped one.
         lesion_bank: Lesion bank (.npz); default: the shipped one.
@@ -66,6 +68,7 @@ class SynthesisConfig:
     max_event_mm3: float = 3000.0
     gray_matter: float = 0.3
     margin: int = 5
+    artifacts: Literal["mild", "kamraoui", "none", "before_editing"] = "mild"
     orientations: Literal["all", "mirror", "none"] = "all"
     prior: str | None = None
     lesion_bank: str | None = None
@@ -92,6 +95,8 @@ class SynthesisConfig:
         _check(self, ("max_event_mm3",), lambda v: 10 <= v <= 1e5, "in [10, 1e5] mm3")
         _check(self, ("margin",), lambda v: 2 * REACH - 1 <= v <= 20, f"a whole number in {2 * REACH - 1}..20")
         _check(self, ("core_share",), _rising, "two numbers in [0.05, 0.95], rising")
+        artifacts = ("mild", "kamraoui", "none", "before_editing")
+        _check(self, ("artifacts",), lambda v: v in artifacts, "mild, kamraoui, none or before_editing")
         _check(self, ("orientations",), lambda v: v in ("all", "mirror", "none"), "all, mirror or none")
         _check(self, ("painter",), lambda v: v == "network", "network")
         _check(self, ("precision",), lambda v: v in ("auto", "bf16", "float32"), "auto, bf16 or float32")

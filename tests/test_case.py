@@ -161,13 +161,13 @@ def test_the_mode_of_a_real_brain_is_one(real_case):
 def test_the_mode_of_known_densities(peaks, unit):
     rng = np.random.default_rng(0)
     values = np.concatenate([rng.normal(m, sd, n) for m, sd, n in peaks]).astype(np.float32)
-    assert module._mode(values * np.float32(unit)) == pytest.approx(100 * unit, rel=0.015)
+    assert module.mode_of(values * np.float32(unit)) == pytest.approx(100 * unit, rel=0.015)
 
 
 def test_the_mode_of_one_value_and_little_else():
     values = np.full(10_000, 7, np.float32)
     values[:2000] = np.linspace(5, 9, 2000)
-    assert module._mode(values * np.float32(1e-6)) == pytest.approx(7e-6, rel=0.02)
+    assert module.mode_of(values * np.float32(1e-6)) == pytest.approx(7e-6, rel=0.02)
 
 
 @given(power=st.integers(-30, 30))

@@ -1,19 +1,20 @@
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from scipy import ndimage
 
-from synthlong.errors import ConfigError, InputError
+from synthlong.artifacts import acquire
+from synthlong.errors import InputError
 from synthlong.hole import REACH, soft_hole
 from synthlong.lesions import core, read_bank
 from synthlong.pair import render
 from synthlong.placement import allowed_of, site_mask
-from synthlong.recipe import Box, LesionEvent, Orientation, Recipe, draw_recipe, lesions_of, rng_of
+from synthlong.recipe import Artifacts, Box, LesionEvent, Orientation, Recipe, draw_recipe, lesions_of, rng_of
 from synthlong.synthesis import SynthesisConfig
 
-DEFAULT = SynthesisConfig()
+DEFAULT = SynthesisConfig(artifacts="none")
 BUSY = replace(
     DEFAULT, removed_share=0.2, enlarging_mean=3.0, shrinking_mean=2.0, vanished_mean=2.0, with_new_lesions=1
 )
@@ -287,5 +288,76 @@ def test_what_cannot_be_rendered(small_case):
         rendered(replace(small_case, healthy=None), recipe)
     with pytest.raises(InputError, match="3 lesions, the recipe speaks of 2"):
         rendered(small_case, replace(recipe, events=recipe.events[:2]))
-    with pytest.raises(ConfigError, match="artifacts"):
-        rendered(small_case, replace(recipe, artifacts=(json.loads('{"name": "blur"}'),)))
+
+
+STEPS = (
+    ["SliceThickness", {"size": 3, "axis": "axial"}],
+    ["GaussianNoise", {"std": 0.05, "seed": 7}],
+)
+FOLLOWUP_STEPS = (["AnisotropicDownsampling", {"factor": 2.0, "axis": 0, "prefilter": False}],)
+
+
+def acquired(image, steps, affine):
+    return acquire(torch.from_numpy(image), steps=steps, affine=affine, zero_background=True).numpy()
+
+
+def test_each_visit_gets_its_own_artifacts_last(small_case):
+    clean = replace(with_events(small_case, [(0, 1), (1, 0), (1, 1)]), orientation=Orientation((2, 0, 1)))
+    recipe = replace(clean, artifacts=Artifacts(STEPS, FOLLOWUP_STEPS))
+    plain, pair = rendered(small_case, clean), rendered(small_case, recipe)
+    assert np.array_equal(pair.affine, plain.affine)
+    assert np.array_equal(pair.baseline, acquired(plain.baseline, STEPS, pair.affine))
+    assert np.array_equal(pair.followup, acquired(plain.followup, FOLLOWUP_STEPS, pair.affine))
+    assert not np.array_equal(pair.baseline, plain.baseline)
+    assert not pair.baseline[plain.baseline == 0].any(), "the background stays 0"
+    for name in MASKS:
+        assert np.array_equal(getattr(pair, name), getattr(plain, name))
+    up = np.argmax(np.abs(pair.affine[2, :3]))
+    assert up == 0, "the scan's axial direction, turned"
+    slices = ndimage.uniform_filter1d(plain.baseline, 3, axis=up, mode="reflect")
+    slices[plain.baseline == 0] = 0
+    only = rendered(small_case, replace(clean, artifacts=Artifacts(STEPS[:1])))
+    assert np.allclose(only.baseline, slices, atol=1e-6)
+    assert np.array_equal(only.followup, plain.followup)
+
+
+def test_artifacts_on_a_whole_grid_that_cannot_turn(small_case):
+    """They follow the axes of the turned box all the same."""
+    arrays = {name: getattr(small_case, name)[:, :, 1:] for name in ("flair", "lesions", "brain", "tissue", "healthy")}
+    case = replace(small_case, **arrays)
+    turn = Orientation((2, 0, 1), (True, False, True))
+    clean = replace(with_events(case, [(0, 1), (1, 0), (1, 1)]), orientation=turn)
+    plain = rendered(case, clean, whole=True)
+    pair = rendered(case, replace(clean, artifacts=Artifacts(FOLLOWUP_STEPS)), whole=True)
+    turned = acquired(turn.apply(plain.baseline), FOLLOWUP_STEPS, turn.apply_affine(case.affine, case.shape))
+    assert pair.baseline.shape == case.shape
+    assert np.array_equal(pair.baseline, turn.inverse.apply(turned))
+    assert np.array_equal(turn.inverse.apply(turn.apply(case.flair)), case.flair)
+
+
+def test_artifacts_before_editing(small_case):
+    """The original order of Kamraoui et al.: each visit is edited on a scan that has its artifacts already."""
+    case = replace(small_case, flair=small_case.flair.copy())
+    for array in (case.flair, case.healthy):
+        array.flags.writeable = False  # as mapped from disk
+    events = with_events(case, [(0, 1), (1, 0), (1, 1)])
+    recipe = replace(events, artifacts=Artifacts(STEPS, (), before_editing=True))
+    pair = rendered(case, recipe)
+    flair, healthy = (acquired(x.copy(), STEPS, case.affine) for x in (case.flair, case.healthy))
+    lesions = lesions_of(case, 3000.0)
+    first = lesions.labels == 1
+    far = ndimage.distance_transform_edt(~first) > REACH
+    assert np.array_equal(pair.baseline[far], flair[far])
+    assert np.array_equal(pair.baseline[first], healthy[first])
+    assert np.array_equal(pair.followup[lesions.labels != 2], rendered(case, events).followup[lesions.labels != 2])
+
+
+def test_a_painter_sees_the_artifacts_of_its_visit_where_they_come_first(pairs, whole_case):
+    recipe = next(r for r, *_ in pairs if any(e.kind == "stable" and e.source == "synthetic" for e in r.events))
+    steps = (["GaussianNoise", {"std": 0.05, "seed": 7}],)
+    pair = rendered(whole_case, replace(recipe, artifacts=Artifacts(steps, (), before_editing=True)), whole=True)
+    plain = rendered(whole_case, recipe, whole=True)
+    brain = whole_case.brain > 0
+    assert np.array_equal(pair.followup, plain.followup)
+    difference = (pair.baseline - plain.baseline)[brain & (pair.evolution == 0)]
+    assert abs(difference.std() - 0.05) < 0.005

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from synthlong.errors import ConfigError
 from synthlong.lesions import core, read_bank
 from synthlong.placement import Site, allowed_of, site_mask
-from synthlong.recipe import Box, LesionEvent, Orientation, Recipe, draw_recipe, lesions_of, rng_of
+from synthlong.recipe import Artifacts, Box, LesionEvent, Orientation, Recipe, draw_recipe, lesions_of, rng_of
 from synthlong.synthesis import SynthesisConfig
 
 DEFAULT = SynthesisConfig()
@@ -54,6 +54,9 @@ orientations = st.builds(
     st.tuples(st.booleans(), st.booleans(), st.booleans()),
 )
 number = st.floats(-1e6, 1e6)
+steps = st.lists(
+    st.sampled_from([["GaussianBlur", {"std": 1.25}], ["KSpaceGhosting", {"ghosts": 4, "restore": None}]]), max_size=2
+).map(tuple)
 
 
 @given(
@@ -67,6 +70,7 @@ number = st.floats(-1e6, 1e6)
         origin_mm=st.tuples(number, number, number),
         max_event_mm3=st.floats(10, 1e5),
         margin=st.integers(5, 20),
+        artifacts=st.builds(Artifacts, steps, steps, st.booleans()),
     )
 )
 def test_json_round_trip(recipe):
@@ -293,6 +297,7 @@ BAD = {
     "lesion_bank": [1],
     "inpainter": [0.5],
     "generator": [{}],
+    "artifacts": ["heavy", True],
     "painter": ["none", 3],
     "precision": ["fp16", 16],
     "device": [0, None],
@@ -356,3 +361,24 @@ def test_bad_toml_names_the_file_and_the_option(tmp_path, text, message):
     assert message in str(caught.value)
     with pytest.raises(ConfigError, match="not a readable"):
         SynthesisConfig.from_toml(tmp_path / "none.toml")
+
+
+def test_artifacts_of_each_visit(recipes, small_case):
+    """The preset "mild" by default: 30 % untouched, else one or two; each visit its own."""
+    drawn = [(r.artifacts.baseline, r.artifacts.followup) for r in recipes]
+    counts = Counter(len(steps) for both in drawn for steps in both)
+    assert counts.keys() == {0, 1, 2}
+    assert counts[0] / len(recipes) / 2 == pytest.approx(0.3, abs=0.07)
+    assert sum(first == last for first, last in drawn if first or last) == 0
+    assert not any(r.artifacts.before_editing for r in recipes)
+    none = [draw(small_case, k, artifacts="none") for k in range(20)]
+    assert all(r.artifacts == Artifacts() for r in none)
+    heavy = [draw(small_case, k, artifacts="kamraoui").artifacts for k in range(20)]
+    assert {len(a.baseline) for a in heavy} == {1, 2, 3}
+    first = draw(small_case, artifacts="before_editing").artifacts
+    assert first == replace(heavy[0], before_editing=True)
+
+
+def test_artifacts_leave_the_rest_of_a_recipe_alone(small_case):
+    plain = draw(small_case, 3, artifacts="none")
+    assert replace(draw(small_case, 3), artifacts=Artifacts()) == plain

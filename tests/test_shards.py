@@ -18,8 +18,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from synthlong.artifacts import RandomAcquisition, RandomGaussianNoise
 from synthlong.dataset import shards as shards_module
-from synthlong.dataset.reader import ShardReader
+from synthlong.dataset.reader import IMAGES, MASKS, ShardReader
 from synthlong.dataset.shards import (
     Sample,
     ShardDataset,
@@ -556,3 +557,30 @@ def test_without_a_seed_the_callers_generator_is_used(run: Path) -> None:
     expected = torch.rand(3)
     torch.manual_seed(3)
     assert torch.equal(dataset[0][:3], expected)
+
+
+def test_artifacts_on_one_visit_on_both_and_alike(run: Path) -> None:
+    """The transforms know a sample: its float images are changed, its masks and recipe are not."""
+    plain = ShardDataset(run)[0]
+
+    def changed(transform: object) -> dict[str, torch.Tensor]:
+        sample = ShardDataset(run, transform=transform, seed=1)[0]
+        assert all(torch.equal(sample[key], plain[key]) for key in MASKS)
+        assert sample["recipe"] == plain["recipe"]
+        return {key: sample[key] - plain[key] for key in IMAGES}
+
+    both = changed(RandomGaussianNoise(std=(1, 1)))
+    assert not torch.equal(both["baseline"], both["followup"])
+    assert min(d.abs().max() for d in both.values()) > 0
+    alike = changed(RandomGaussianNoise(std=(1, 1), shared=True))
+    assert torch.allclose(alike["baseline"], alike["followup"], atol=1e-5)
+    one = changed(RandomGaussianNoise(std=(1, 1), include=["followup"]))
+    assert not one["baseline"].any()
+    assert one["followup"].any()
+
+    mixture = RandomAcquisition("kamraoui", correlation=0.5)
+    dataset = ShardDataset(run, transform=mixture, seed=1)
+    here = [dataset[k]["followup"] for k in range(4)]
+    loader = DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context="spawn")
+    there = [sample["followup"] for sample in loader][:4]
+    assert all(map(torch.equal, here, there)), "results do not depend on workers"

@@ -1,0 +1,174 @@
+"""An acquisition: some of the nine artifacts, one after the other, as a scanner makes them.
+
+    motion -> bias field -> ghosting -> slices, resolution -> spikes, noise -> filters of the console (blur, sharpening)
+
+Preset "kamraoui" mixes 1-3 of the nine at the ranges of Kamraoui et al. 2022, section 2.4
+(doi:10.3389/fnimg.2022.948235), which gives no count. Preset "mild" leaves 30 % untouched and mixes 1-2 at half
+severity: heavy artifacts in training have been found to hurt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from synthlong.artifacts.base import Artifact, Params, RandomArtifact, softened
+from synthlong.artifacts.bias_field import PolynomialBiasField, RandomPolynomialBiasField
+from synthlong.artifacts.blur import GaussianBlur, RandomGaussianBlur
+from synthlong.artifacts.downsampling import AnisotropicDownsampling, RandomAnisotropicDownsampling
+from synthlong.artifacts.ghosting import KSpaceGhosting, RandomKSpaceGhosting
+from synthlong.artifacts.motion import KSpaceMotion, RandomKSpaceMotion
+from synthlong.artifacts.noise import GaussianNoise, RandomGaussianNoise
+from synthlong.artifacts.ranges import Range, check_number
+from synthlong.artifacts.slice_thickness import RandomSliceThickness, SliceThickness
+from synthlong.artifacts.spike import KSpaceSpike, RandomKSpaceSpike
+from synthlong.artifacts.unsharp import RandomUnsharpMask, UnsharpMask
+from synthlong.artifacts.volumes import copied
+
+__all__ = ["Acquisition", "RandomAcquisition", "acquire"]
+
+Steps = Sequence[Sequence[Any]]
+
+_STEPS: tuple[type[Artifact], ...] = (
+    KSpaceMotion,
+    PolynomialBiasField,
+    KSpaceGhosting,
+    SliceThickness,
+    AnisotropicDownsampling,
+    KSpaceSpike,
+    GaussianNoise,
+    GaussianBlur,
+    UnsharpMask,
+)
+_BY_NAME = {step.__name__: step for step in _STEPS}
+_ALL_NINE: tuple[type[RandomArtifact], ...] = (
+    RandomKSpaceMotion,
+    RandomPolynomialBiasField,
+    RandomKSpaceGhosting,
+    RandomSliceThickness,
+    RandomAnisotropicDownsampling,
+    RandomKSpaceSpike,
+    RandomGaussianNoise,
+    RandomGaussianBlur,
+    RandomUnsharpMask,
+)
+
+
+class _Preset(NamedTuple):
+    untouched: float
+    count: tuple[int, int]
+    severity: float
+
+
+_PRESETS = {"mild": _Preset(0.3, (1, 2), 0.5), "kamraoui": _Preset(0.0, (1, 3), 1.0)}
+
+
+def acquire(
+    x: Tensor, *, steps: Steps, affine: NDArray[np.float64] | None = None, zero_background: bool = False
+) -> Tensor:
+    """Apply artifacts one after the other.
+
+    Args:
+        x: Image, shape `(..., I, J, K)`, brain mode 1 (for the noise's SD to mean what it says).
+        steps: `(name, params)` of each, the name being that of the deterministic transform: `("GaussianBlur",
+            {"std": 1.0})`; none changes nothing.
+        affine: Of the image, `(4, 4)`; default: RAS+, 1 mm.
+        zero_background: Set voxels that are exactly 0 in `x` back to 0: scans are skull-stripped after they are
+            acquired.
+
+    Raises:
+        ValueError: An unknown name or a parameter outside its range; names the step.
+    """
+    result = copied(x)
+    affine = np.eye(4) if affine is None else affine
+    for name, params in steps:
+        if name not in _BY_NAME:
+            raise ValueError(f"step {name!r}: must be one of {', '.join(_BY_NAME)}")
+        step = _BY_NAME[name]
+        try:
+            result = step.kernel(result.float(), **step.on_grid(params, affine))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"step {name}: {error}") from error
+    if zero_background and steps:
+        result = torch.where(x == 0, 0, result)
+    return result.to(x.dtype)
+
+
+class Acquisition(Artifact):
+    """`acquire` as a transform.
+
+    Args:
+        steps: `(name, params)` of each artifact, in order.
+        zero_background: Set voxels that are exactly 0 back to 0 in the end.
+        **kwargs: See `Artifact`.
+    """
+
+    kernel = staticmethod(acquire)
+
+    def __init__(self, steps: Any, *, zero_background: Any = False, **kwargs: Any) -> None:
+        super().__init__({"steps": steps, "zero_background": zero_background}, **kwargs)
+
+    @staticmethod
+    def on_grid(params: Params, affine: NDArray[np.float64]) -> Params:
+        """Hand the affine on to the steps."""
+        return {**params, "affine": affine}
+
+
+class RandomAcquisition(RandomArtifact):
+    """A random mixture of the nine artifacts, each at most once.
+
+    Args:
+        preset: "mild" or "kamraoui"; the other arguments replace what it says.
+        severity: 1 takes each artifact's ranges as they are, 0.5 moves them half-way to what changes nothing, 0 is the
+            identity; in [0, 1].
+        untouched: Share of the images left as they are, in [0, 1].
+        count: How many artifacts, a whole number or a range.
+        artifacts: Random transforms to choose from, applied in this order; default: all nine.
+        zero_background: Set voxels that are exactly 0 back to 0 in the end.
+        **kwargs: See `RandomArtifact`.
+    """
+
+    final = Acquisition
+    identity: ClassVar[dict[str, float]] = {}
+
+    def __init__(
+        self,
+        preset: Literal["mild", "kamraoui"] = "mild",
+        *,
+        severity: float | None = None,
+        untouched: float | None = None,
+        count: int | tuple[int, int] | None = None,
+        artifacts: Sequence[RandomArtifact] | None = None,
+        zero_background: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if preset not in _PRESETS:
+            raise ValueError(f"preset = {preset!r}: must be one of {', '.join(_PRESETS)}")
+        given = _PRESETS[preset]
+        self.artifacts = [make() for make in _ALL_NINE] if artifacts is None else list(artifacts)
+        for artifact in self.artifacts:
+            if not isinstance(artifact, RandomArtifact) or artifact.final not in _STEPS:
+                raise ValueError(f"artifacts: {artifact!r} is none of {', '.join(c.__name__ for c in _ALL_NINE)}")
+        most = len(self.artifacts)
+        self.severity = check_number("severity", given.severity if severity is None else severity, least=0, most=1)
+        self.untouched = check_number("untouched", given.untouched if untouched is None else untouched, least=0, most=1)
+        few, many = (min(n, most) for n in given.count)
+        self.count = Range.of("count", (few, many) if count is None else count, least=0, most=most, whole=True)
+        self.zero_background = bool(zero_background)
+
+    def draw_params(self, rng: np.random.Generator) -> Params:
+        """Draw which artifacts, and the parameters of each."""
+        steps: list[list[Any]] = []
+        if rng.random() >= self.untouched and self.severity:
+            count = int(self.count.draw(rng))
+            for n in sorted(np.argsort(rng.random(len(self.artifacts)))[:count].tolist()):
+                artifact = self.artifacts[n]
+                drawn = softened(artifact.draw_params(rng), artifact.identity, self.severity)
+                steps.append([artifact.final.__name__, drawn])
+        return {"steps": steps, "zero_background": self.zero_background}

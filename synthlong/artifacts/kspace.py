@@ -1,0 +1,127 @@
+"""k-space along one axis: to scale its planes is to filter the image along that axis alone.
+
+    Re IFFT3(m(k_a) FFT3(x)) = IFFT_a(h FFT_a(x)),   h(k) = (m(k) + m(-k)) / 2
+
+The transforms along the other two axes cancel; the real part of a real image's result keeps the part of the mask that
+is even about the centre of k-space, which is real arithmetic: a transform of real numbers, or a product with the
+symmetric circulant matrix of h, whichever is faster.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from synthlong.artifacts.ranges import check_number, check_triple
+
+__all__ = ["add_filtered", "check_axes", "check_triples"]
+
+Mask = tuple[float, ...]
+"""A factor for each plane of k-space, from one end to the other; the centre is plane n // 2."""
+
+
+def add_filtered(x: Tensor, images: Sequence[Tensor], masks: Sequence[Mask], *, axis: int, scale: float = 1) -> Tensor:
+    """Return `x` plus `scale` times the sum of images whose k-space was multiplied by their masks.
+
+    Args:
+        x: Volumes `(N, I, J, K)`, contiguous float32.
+        images: Of the same shape, contiguous.
+        masks: One for each image, with as many planes as `axis` has voxels.
+        axis: The planes are perpendicular to it, in {0, 1, 2}.
+        scale: Any number.
+    """
+    result = x.clone()
+    n, after = x.shape[1 + axis], math.prod(x.shape[2 + axis :])
+    pencils = (-1, n, after)  # all lines along the axis, side by side
+    total = None
+    for image, mask in zip(images, masks, strict=True):
+        even = _even_part(mask)
+        if _transform_is_faster(n, min(n, 2 * np.count_nonzero(even)), after):
+            gains = torch.from_numpy(scale * even[: n // 2 + 1]).to(x.device, torch.float32)
+            spectrum = torch.fft.rfft(image.view(pencils), dim=1).mul_(gains.view(-1, 1))
+            total = spectrum if total is None else total.add_(spectrum)
+        else:
+            _add_product(result.view(pencils), image.view(pencils), _basis(mask).to(x.device), scale)
+    if total is not None:
+        result.view(pencils).add_(torch.fft.irfft(total, n=n, dim=1))
+    return result
+
+
+def _add_product(result: Tensor, image: Tensor, basis: Tensor, scale: float) -> None:
+    """Add to `result` the image's lines, filtered: `basis @ basis.T @ line`, in the order that costs less."""
+    count, n, after = image.shape
+    factors = [basis.T, basis] if 2 * basis.shape[1] < n else [basis @ basis.T]
+    if after == 1:
+        result, image, factors = result[..., 0], image[..., 0], [factor.T for factor in factors]
+        for factor in factors[:-1]:
+            image = image @ factor
+        result.addmm_(image, factors[-1], alpha=scale)
+        return
+    for factor in factors[:-1]:
+        image = torch.bmm(factor.expand(count, -1, -1), image)
+    result.baddbmm_(factors[-1].expand(count, -1, -1), image, alpha=scale)
+
+
+def _transform_is_faster(n: int, width: int, after: int) -> bool:
+    """Tell whether Fourier transforms beat matrix products that are `width` wide, as measured on a CPU."""
+    rest = n
+    for prime in (2, 3, 5, 7, 11, 13):
+        while rest % prime == 0:
+            rest //= prime
+    return n >= 400 or (width >= 112 and after == 1 and rest == 1)
+
+
+@lru_cache(maxsize=32)
+def _basis(mask: Mask) -> Tensor:
+    """Return waves, `(n, rank)`, such that `basis @ basis.T` filters as the mask does."""
+    even = _even_part(mask)
+    waves = _waves(len(mask))[:, even > 0] * np.sqrt(even[even > 0])
+    return torch.from_numpy(np.pad(waves, ((0, 0), (0, -waves.shape[1] % 8))).astype(np.float32))  # groups are faster
+
+
+@lru_cache(maxsize=8)
+def _waves(n: int) -> NDArray[np.float64]:
+    """Return the orthonormal waves of a line of n voxels: cosines for k = 0 ... n / 2, sines for the others."""
+    phase = 2 * np.pi / n * np.outer(np.arange(n), np.arange(n))
+    waves = np.where(np.arange(n) <= n // 2, np.cos(phase), np.sin(phase)) * math.sqrt(2 / n)
+    waves[:, [0, n // 2] if n % 2 == 0 else [0]] /= math.sqrt(2)  # these are alone
+    return waves
+
+
+def _even_part(mask: Mask) -> NDArray[np.float64]:
+    """Return (m(k) + m(-k)) / 2 for k = 0, 1, ..., n - 1."""
+    m = np.fft.ifftshift(np.asarray(mask, np.float64))
+    return (m + np.roll(m[::-1], 1)) / 2
+
+
+def check_axes(value: Any) -> tuple[int, ...]:
+    """Return the array axes to choose from.
+
+    Raises:
+        ValueError: Neither an axis nor a sequence of them.
+    """
+    axes = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    if not axes:
+        raise ValueError(f"axes = {value!r}: must have at least one of 0, 1, 2")
+    return tuple(int(check_number("axes", axis, least=0, most=2, whole=True)) for axis in axes)
+
+
+def check_triples(
+    name: str, value: Any, *, least: float = -math.inf, most: float = math.inf
+) -> list[tuple[float, float, float]]:
+    """Return rows of three numbers; none is allowed.
+
+    Raises:
+        ValueError: Not a sequence of threes, or a number outside `[least, most]`.
+    """
+    rows = value.tolist() if isinstance(value, np.ndarray) else value
+    if not isinstance(rows, Sequence) or any(not isinstance(row, (Sequence, np.ndarray)) for row in rows):
+        raise ValueError(f"{name} = {value!r}: must be a list of threes, one number per axis")
+    return [check_triple(name, row, least=least, most=most) for row in rows]

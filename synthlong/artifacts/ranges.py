@@ -1,0 +1,115 @@
+"""A parameter: one number, or a range to draw it from.
+
+    value -> Range -> draw(rng) -> number
+
+A single number d of a random transform stands for the range from the value that changes nothing, as in TorchIO: (0, d),
+or (-d, d) where both signs make sense; (d, d) is fixed. A whole number stands for itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Range", "check_number", "check_triple"]
+
+_DIGITS = 6  # of a drawn number: keeps recipes and histories short
+
+
+@dataclass(frozen=True)
+class Range:
+    """A closed range to draw numbers from.
+
+    Args:
+        low: Least value.
+        high: Largest value.
+        whole: Draw whole numbers.
+    """
+
+    low: float
+    high: float
+    whole: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        value: float | Sequence[float],
+        *,
+        least: float = -math.inf,
+        most: float = math.inf,
+        symmetric: bool = False,
+        around: float = 0.0,
+        whole: bool = False,
+    ) -> Range:
+        """Build the range of parameter `name`.
+
+        Args:
+            name: For messages.
+            value: `(low, high)`, or a number d: `(around, d)`, `(-d, d)` if `symmetric`, `(d, d)` if `whole`.
+            least: Smallest allowed.
+            most: Largest allowed.
+            symmetric: What a single number means.
+            around: The value that changes nothing, where a single number's range starts.
+            whole: Only whole numbers are allowed.
+
+        Raises:
+            ValueError: Not numbers, falling, or outside `[least, most]`.
+        """
+        given = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+        if isinstance(given, list):
+            pair = given
+        else:
+            d = check_number(name, given, least=0 if symmetric and not whole else least, most=most, whole=whole)
+            pair = [d, d] if whole else [-d, d] if symmetric else sorted((around, d))
+        if len(pair) != 2:
+            raise ValueError(f"{name} = {value!r}: must be a number or a range (low, high)")
+        low, high = (check_number(name, v, least=least, most=most, whole=whole) for v in pair)
+        if low > high:
+            raise ValueError(f"{name} = {value!r}: the range must rise, as in ({high}, {low})")
+        return cls(low, high, whole)
+
+    def draw(self, rng: np.random.Generator) -> float:
+        """Draw a number, uniformly."""
+        u = rng.random()
+        if self.whole:
+            return int(self.low) + int(u * (int(self.high) - int(self.low) + 1))
+        return min(max(round(self.low + float(u) * (self.high - self.low), _DIGITS), self.low), self.high)
+
+
+def check_number(
+    name: str, value: Any, *, least: float = -math.inf, most: float = math.inf, whole: bool = False
+) -> float:
+    """Return `value` as float (int if `whole`).
+
+    Raises:
+        ValueError: Not a finite number in `[least, most]`; names parameter, value and range.
+    """
+    allowed = f"{'a whole' if whole else 'a'} number in [{least:g}, {most:g}]"
+    try:
+        number = float(value)
+        good = not isinstance(value, (bool, str)) and math.isfinite(number) and least <= number <= most
+    except (TypeError, ValueError, OverflowError):
+        good = False
+    if not good or (whole and number != int(number)):
+        raise ValueError(f"{name} = {value!r}: must be {allowed}")
+    return int(number) if whole else number
+
+
+def check_triple(
+    name: str, value: Any, *, least: float = -math.inf, most: float = math.inf
+) -> tuple[float, float, float]:
+    """Return one number per axis; a single number stands for all three.
+
+    Raises:
+        ValueError: Neither a number nor three, or outside `[least, most]`.
+    """
+    values = list(value) if isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, str) else [value] * 3
+    if len(values) != 3:
+        raise ValueError(f"{name} = {value!r}: must be a number, or three, one per axis")
+    i, j, k = (check_number(name, v, least=least, most=most) for v in values)
+    return i, j, k

@@ -1,0 +1,103 @@
+"""The mixture."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from synthlong.artifacts import (
+    GaussianBlur,
+    GaussianNoise,
+    RandomAcquisition,
+    RandomGaussianBlur,
+    RandomGaussianNoise,
+    acquire,
+    gaussian_blur,
+    gaussian_noise,
+)
+
+
+def drawn(transform, n=2000):
+    rng = np.random.default_rng(0)
+    return [transform.draw_params(rng)["steps"] for _ in range(n)]
+
+
+def test_presets():
+    mild, full = drawn(RandomAcquisition()), drawn(RandomAcquisition("kamraoui"))
+    assert abs(np.mean([not steps for steps in mild]) - 0.3) < 0.03
+    assert Counter(len(s) for s in mild).keys() == {0, 1, 2}
+    assert Counter(len(s) for s in full).keys() == {1, 2, 3}
+    for runs in (mild, full):
+        counts = Counter(name for steps in runs for name, _ in steps)
+        assert len(counts) == 9
+        assert min(counts.values()) > 0.8 * max(counts.values())
+        assert all(len({name for name, _ in steps}) == len(steps) for steps in runs)
+    std = [p["std"] for steps in mild for name, p in steps if name == "GaussianNoise"]
+    assert 0.01 <= min(std) < 0.012
+    assert 0.048 < max(std) <= 0.05
+    std = [p["std"] for steps in full for name, p in steps if name == "GaussianNoise"]
+    assert 0.02 <= min(std) < max(std) <= 0.1
+
+
+def test_severity_zero_is_the_identity():
+    x = torch.rand(1, 6, 7, 8)
+    assert drawn(RandomAcquisition("kamraoui", severity=0), 20) == [[]] * 20
+    assert torch.equal(RandomAcquisition(severity=0)(x), x)
+
+
+def test_steps_are_the_functions_in_order():
+    x = torch.rand(9, 8, 7)
+    steps = [["GaussianNoise", {"std": 0.1, "seed": 3}], ["GaussianBlur", {"std": 1.0}]]
+    want = gaussian_blur(gaussian_noise(x, std=0.1, seed=3), std=1.0)
+    assert torch.equal(acquire(x, steps=steps), want)
+    half = acquire(x.half(), steps=steps)
+    assert half.dtype == torch.float16
+    assert torch.equal(half, acquire(x.half().float(), steps=steps).half()), "rounded once, in the end"
+
+
+def test_background():
+    x = torch.rand(9, 8, 7)
+    x[:3] = 0
+    steps = [["GaussianNoise", {"std": 0.1, "seed": 3}]]
+    assert acquire(x, steps=steps)[:3].any()
+    clean = acquire(x, steps=steps, zero_background=True)
+    assert not clean[:3].any()
+    assert torch.equal(clean[3:], acquire(x, steps=steps)[3:])
+    assert not RandomAcquisition("kamraoui", zero_background=True)(x)[:3].any()
+
+
+def test_axial_follows_the_affine():
+    x = torch.rand(9, 8, 7)
+    steps = [["SliceThickness", {"size": 3, "axis": "axial"}]]
+    turned = np.eye(4)[[1, 2, 0, 3]]  # axis 0 runs up
+    want = acquire(x.transpose(0, 2), steps=steps).transpose(0, 2)
+    assert torch.allclose(acquire(x, steps=steps, affine=turned), want, atol=1e-6)
+
+
+def test_own_choice_of_artifacts():
+    transform = RandomAcquisition(
+        artifacts=[RandomGaussianNoise(std=(1, 2)), RandomGaussianBlur()], untouched=0, count=2, severity=1
+    )
+    for steps in drawn(transform, 20):
+        assert [name for name, _ in steps] == [GaussianNoise.__name__, GaussianBlur.__name__]
+        assert 1 <= steps[0][1]["std"] <= 2
+    assert {len(s) for s in drawn(RandomAcquisition("kamraoui", artifacts=[RandomGaussianBlur()]), 20)} == {1}
+
+
+def test_bad_arguments():
+    for arguments, problem in [
+        ({"preset": "wild"}, "preset = 'wild'"),
+        ({"severity": 2}, "severity = 2"),
+        ({"untouched": -1}, "untouched = -1"),
+        ({"count": 10}, "count = 10"),
+        ({"artifacts": [GaussianBlur(1.0)]}, "none of"),
+    ]:
+        with pytest.raises(ValueError, match=problem):
+            RandomAcquisition(**arguments)
+    with pytest.raises(ValueError, match="step 'Blur': must be one of KSpaceMotion"):
+        acquire(torch.ones(2, 2, 2), steps=[("Blur", {})])
+    with pytest.raises(ValueError, match=r"step GaussianBlur: std = -1"):
+        acquire(torch.ones(2, 2, 2), steps=[("GaussianBlur", {"std": -1})])
+    with pytest.raises(ValueError, match=r"step GaussianBlur: .*unexpected"):
+        acquire(torch.ones(2, 2, 2), steps=[("GaussianBlur", {"width": 1})])
