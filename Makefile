@@ -18,6 +18,7 @@ check: .venv/.dev  ## what CI runs
 
 bench: .venv/.dev
 	$(BIN)/python benchmarks/generate.py
+	$(BIN)/python benchmarks/artifacts.py
 
 clean:
 	rm -rf .venv demo build *.egg-info

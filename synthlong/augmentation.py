@@ -165,12 +165,13 @@ def _pictures(volume: Volume, seed: int) -> Iterator[tuple[str, Picture]]:
     inside = np.flatnonzero((volume.data > 0.5 * unit).any(axis=tuple(a for a in range(3) if a != axis)))
     middle = int(np.median(inside))
     sides = np.delete(spacing_of(volume.affine), axis)
-    zoom = np.maximum(np.rint(sides / sides.min() * max(1, 256 // max(volume.data.shape))), 1).astype(int)
+    pixels = np.maximum(np.rint(sides / sides.min() * max(1, 440 // max(volume.data.shape))), 1).astype(int)
 
     def cut(voxels: NDArray[np.float32]) -> Picture:
-        return upright(np.kron(gray_pixels(voxels.take(middle, axis)), np.ones(zoom, np.uint8)))
+        plane = np.moveaxis(voxels, axis, 0)[middle]
+        return upright(gray_pixels(plane).repeat(pixels[0], axis=0).repeat(pixels[1], axis=1))
 
-    yield "no artifact", cut(volume.data / unit)
+    yield "no artifact", cut(np.divide(volume.data, unit))
     for number, name in enumerate(ARTIFACTS):
         transform = ARTIFACTS[name]() if name != "acquisition" else library.RandomAcquisition("kamraoui")
         params = transform.draw_params(np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(number,))))

@@ -366,6 +366,8 @@ def test_ranges():
             Range.of("std", bad)
     with pytest.raises(ValueError, match=r"size = 2.5: must be a whole number in \[1, 8\]"):
         check_number("size", 2.5, least=1, most=8, whole=True)
+    assert check_number("seed", 2**63 - 1, least=0, most=2**63 - 1, whole=True) == 2**63 - 1
+    assert check_number("size", np.float64(3), whole=True) == 3
     with pytest.raises(ValueError, match=r"v = -1: must be a number in \[0, 9\]"):
         check_triple("v", -1, least=0, most=9)
     with pytest.raises(ValueError, match="three"):

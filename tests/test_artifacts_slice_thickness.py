@@ -9,9 +9,14 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from synthlong.artifacts import slice_thickness as module
 from synthlong.artifacts.base import softened
-from synthlong.artifacts.slice_thickness import RandomSliceThickness, SliceThickness, slice_thickness
+from synthlong.artifacts.slice_thickness import (
+    RandomSliceThickness,
+    SliceThickness,
+    _by_numba,
+    _by_torch,
+    slice_thickness,
+)
 
 
 def rand(*shape, seed=0):
@@ -96,9 +101,9 @@ def test_a_slice_has_two_axes(size):
 @pytest.mark.parametrize("shape", [(2, 33, 20, 145), (3, 1, 7, 2)])
 def test_the_torch_kernel_does_the_same(shape, size, axis):
     x = rand(*shape)
-    y = module._by_torch(x, size, axis)
+    y = _by_torch(x, size, axis)
     assert y.shape == x.shape
-    assert worst(y, module._by_numba(x.numpy(), size, axis)) < 1e-6
+    assert worst(y, _by_numba(x.numpy(), size, axis)) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

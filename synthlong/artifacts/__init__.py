@@ -1,8 +1,4 @@
-"""MRI artifacts: plain functions on tensors, and TorchIO transforms around them, the fastest there are.
-
-    from synthlong.artifacts import RandomAcquisition
-    subject = RandomAcquisition()(subject)
-"""
+"""MRI artifacts: plain functions on tensors, and TorchIO transforms around them, the fastest there are."""
 
 from synthlong.artifacts.acquisition import Acquisition, RandomAcquisition, acquire
 from synthlong.artifacts.base import Artifact, RandomArtifact

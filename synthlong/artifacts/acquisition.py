@@ -61,7 +61,7 @@ _ALL_NINE: tuple[type[RandomArtifact], ...] = (
 
 class _Preset(NamedTuple):
     untouched: float
-    count: tuple[int, int]
+    counts: tuple[int, int]
     severity: float
 
 
@@ -158,7 +158,7 @@ class RandomAcquisition(RandomArtifact):
         most = len(self.artifacts)
         self.severity = check_number("severity", given.severity if severity is None else severity, least=0, most=1)
         self.untouched = check_number("untouched", given.untouched if untouched is None else untouched, least=0, most=1)
-        few, many = (min(n, most) for n in given.count)
+        few, many = (min(n, most) for n in given.counts)
         self.count = Range.of("count", (few, many) if count is None else count, least=0, most=most, whole=True)
         self.zero_background = bool(zero_background)
 

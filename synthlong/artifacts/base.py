@@ -106,15 +106,15 @@ class _Transform(IntensityTransform):
         return subject
 
     def _on_subject(self, subject: tio.Subject) -> tio.Subject:
-        images = self.get_images_dict(subject)
+        images: Mapping[str, tio.Image] = self.get_images_dict(subject)
         chosen = self._choose(list(images))
         if chosen is None:
             return subject
-        kept = {new: copy.deepcopy(subject[old]) for old, new in (self.keep or {}).items()}
+        kept = {new: copy.deepcopy(subject.get_image(old)) for old, new in (self.keep or {}).items()}
         if self.copy:
             replaced = [image["data"] for image in images.values()]  # not copied: new voxels take their place
             subject = copy.deepcopy(subject, {id(voxels): voxels for voxels in replaced if voxels is not None})
-            images = {name: subject[name] for name in images}
+            images = {name: subject.get_image(name) for name in images}
         self._change(subject, images, chosen)
         for name, image in kept.items():
             subject.add_image(image, name)

@@ -191,9 +191,11 @@ def _blur_pairs(x, edges, weights, amount, out, start, stop):  # type: ignore[no
                 for t in range(rk):
                     row[t], row[rk + nk + t] = row[rk + columns[t]], row[rk + columns[rk + nk + t]]
             _sum_rows(wide[n].ravel(), 1, rk + nk + rk, wk, tall[rj : rj + nj])
-            for t in range(rj):
+            for t in range(2 * rj):
+                edge = t if t < rj else nj + t
+                row, image = tall[edge], tall[rj + rows[edge]]
                 for k in range(nk):
-                    tall[t, k], tall[rj + nj + t, k] = tall[rj + rows[t], k], tall[rj + rows[rj + nj + t], k]
+                    row[k] = image[k]
             new, old = out[volume, i + n], x[volume, i + n]
             _sum_rows(tall.ravel(), nk, nk, wj, new)
             if amount != -1:
@@ -202,8 +204,8 @@ def _blur_pairs(x, edges, weights, amount, out, start, stop):  # type: ignore[no
                         new[j, k] = old[j, k] + amount * (old[j, k] - new[j, k])
 
 
-# The two loops that take the time: four taps a side at once, and unsigned indices, since one that may count from the
-# end stops vectorisation.
+# The loops that take the time. Four taps a side at once measured fastest. Indices are unsigned: signed ones may
+# count from the end, which keeps the compiler from vectorising.
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})

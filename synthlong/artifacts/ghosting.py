@@ -88,7 +88,13 @@ class RandomKSpaceGhosting(RandomArtifact):
     identity: ClassVar[dict[str, float]] = {"intensity": 0.0}
 
     def __init__(
-        self, ghosts: Any = (4, 10), *, axes: Any = (0, 1, 2), intensity: Any = (0.5, 1.0), restore: Any = None, **kwargs: Any
+        self,
+        ghosts: Any = (4, 10),
+        *,
+        axes: Any = (0, 1, 2),
+        intensity: Any = (0.5, 1.0),
+        restore: Any = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.ghosts = Range.of("ghosts", ghosts, least=0, most=_MOST_GHOSTS, whole=True)

@@ -26,6 +26,8 @@ __all__ = ["add_filtered", "check_axes", "check_triples"]
 Mask = tuple[float, ...]
 """A factor for each plane of k-space, from one end to the other; the centre is plane n // 2."""
 
+_CACHED = 1 << 19  # voxels whose spectra stay near
+
 
 def add_filtered(x: Tensor, images: Sequence[Tensor], masks: Sequence[Mask], *, axis: int, scale: float = 1) -> Tensor:
     """Return `x` plus `scale` times the sum of images whose k-space was multiplied by their masks.
@@ -37,36 +39,16 @@ def add_filtered(x: Tensor, images: Sequence[Tensor], masks: Sequence[Mask], *, 
         axis: The planes are perpendicular to it, in {0, 1, 2}.
         scale: Any number.
     """
-    result = x.clone()
     n, after = x.shape[1 + axis], math.prod(x.shape[2 + axis :])
     pencils = (-1, n, after)  # all lines along the axis, side by side
-    total = None
-    for image, mask in zip(images, masks, strict=True):
-        even = _even_part(mask)
-        if _transform_is_faster(n, min(n, 2 * np.count_nonzero(even)), after):
-            gains = torch.from_numpy(scale * even[: n // 2 + 1]).to(x.device, torch.float32)
-            spectrum = torch.fft.rfft(image.view(pencils), dim=1).mul_(gains.view(-1, 1))
-            total = spectrum if total is None else total.add_(spectrum)
-        else:
-            _add_product(result.view(pencils), image.view(pencils), _basis(mask).to(x.device), scale)
-    if total is not None:
-        result.view(pencils).add_(torch.fft.irfft(total, n=n, dim=1))
+    result, sources = x.clone(), [image.view(pencils) for image in images]
+    widths = [2 * int(np.count_nonzero(_even_part(mask))) for mask in masks]
+    if _transform_is_faster(n, max(widths, default=0), after):
+        _add_by_transform(result.view(pencils), sources, masks, scale)
+    else:
+        for source, mask in zip(sources, masks, strict=True):
+            _add_by_product(result.view(pencils), source, _basis(mask).to(x.device), scale)
     return result
-
-
-def _add_product(result: Tensor, image: Tensor, basis: Tensor, scale: float) -> None:
-    """Add to `result` the image's lines, filtered: `basis @ basis.T @ line`, in the order that costs less."""
-    count, n, after = image.shape
-    factors = [basis.T, basis] if 2 * basis.shape[1] < n else [basis @ basis.T]
-    if after == 1:
-        result, image, factors = result[..., 0], image[..., 0], [factor.T for factor in factors]
-        for factor in factors[:-1]:
-            image = image @ factor
-        result.addmm_(image, factors[-1], alpha=scale)
-        return
-    for factor in factors[:-1]:
-        image = torch.bmm(factor.expand(count, -1, -1), image)
-    result.baddbmm_(factors[-1].expand(count, -1, -1), image, alpha=scale)
 
 
 def _transform_is_faster(n: int, width: int, after: int) -> bool:
@@ -75,7 +57,31 @@ def _transform_is_faster(n: int, width: int, after: int) -> bool:
     for prime in (2, 3, 5, 7, 11, 13):
         while rest % prime == 0:
             rest //= prime
-    return n >= 400 or (width >= 112 and after == 1 and rest == 1)
+    return n >= 400 or (after == 1 and rest == 1 and n >= 112 and width >= 112)
+
+
+def _add_by_transform(result: Tensor, images: Sequence[Tensor], masks: Sequence[Mask], scale: float) -> None:
+    _, n, after = result.shape
+    gains = [torch.from_numpy(scale * _even_part(m)[: n // 2 + 1, None]).to(result) for m in masks]
+    count = max(1, _CACHED // (n * after))
+    for target, *sources in zip(result.split(count), *(image.split(count) for image in images), strict=True):
+        spectrum = sum(torch.fft.rfft(source, dim=1).mul_(g) for source, g in zip(sources, gains, strict=True))
+        target += torch.fft.irfft(spectrum, n=n, dim=1)
+
+
+def _add_by_product(result: Tensor, image: Tensor, basis: Tensor, scale: float) -> None:
+    """Add `basis @ basis.T @ line` of every line, in the order that costs less."""
+    count, n, after = image.shape
+    factors = [basis.T, basis] if 2 * basis.shape[1] < n else [basis @ basis.T]
+    if after == 1:
+        lines = image[..., 0]
+        for factor in factors[:-1]:
+            lines = lines @ factor.T
+        result[..., 0].addmm_(lines, factors[-1].T, alpha=scale)
+        return
+    for factor in factors[:-1]:
+        image = torch.bmm(factor.expand(count, -1, -1), image)
+    result.baddbmm_(factors[-1].expand(count, -1, -1), image, alpha=scale)
 
 
 @lru_cache(maxsize=32)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -164,11 +165,7 @@ class RandomKSpaceMotion(RandomArtifact):
 def _moved_segments(n: int, times: Sequence[float]) -> list[Mask]:
     """Return the mask of each segment of n planes but the one with the centre of k-space."""
     edges = [0, *(int(time * n) for time in times), n]
-    return [
-        (0.0,) * a + (1.0,) * (b - a) + (0.0,) * (n - b)
-        for a, b in zip(edges, edges[1:], strict=False)
-        if not a <= n // 2 < b
-    ]
+    return [(0.0,) * a + (1.0,) * (b - a) + (0.0,) * (n - b) for a, b in pairwise(edges) if not a <= n // 2 < b]
 
 
 def _pose(

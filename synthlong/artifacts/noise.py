@@ -58,10 +58,9 @@ def gaussian_noise(x: Tensor, *, std: float, seed: int) -> Tensor:
         ValueError: A parameter outside its range, or `x` not finite floating-point voxels.
     """
     std = check_number("std", std, least=0, most=1e6)
-    check_number("seed", seed, least=0, most=2**63, whole=True)
+    key = int(check_number("seed", seed, least=0, most=2**63, whole=True))
     if std == 0:
         return copied(x)
-    key = int(seed)  # exact, where a float has 53 bits
     return on_volumes(x, torch_kernel=lambda v: _by_torch(v, std, key), numba_kernel=lambda v: _by_numba(v, std, key))
 
 

@@ -91,13 +91,14 @@ def check_number(
     """
     allowed = f"{'a whole' if whole else 'a'} number in [{least:g}, {most:g}]"
     try:
-        number = float(value)
-        good = not isinstance(value, (bool, str)) and math.isfinite(number) and least <= number <= most
+        number = int(value) if whole else float(value)  # exact, where a float has 53 bits
+        good = not isinstance(value, (bool, str)) and math.isfinite(number) and number == value
+        good = good and least <= number <= most
     except (TypeError, ValueError, OverflowError):
         good = False
-    if not good or (whole and number != int(number)):
+    if not good:
         raise ValueError(f"{name} = {value!r}: must be {allowed}")
-    return int(number) if whole else number
+    return number
 
 
 def check_triple(

@@ -178,13 +178,13 @@ def _heights(points: Sequence[Point], intensity: float, spectrum: _Transformed |
 def _by_torch(volumes: Tensor, places: Sequence[Sequence[float]], intensity: float) -> Tensor:
     shape = volumes.shape[1:]
     points = _points(places, shape)
-    cycles = [torch.arange(n, device=volumes.device, dtype=torch.float64).view(-1, *[1] * (2 - a)) / n for a, n in enumerate(shape)]
     result = volumes.clone()
     for volume, target in zip(volumes, result, strict=True):
         heights = _heights(points, intensity, _Transformed(volume))
-        for (fi, fj, fk), height in zip(points, heights, strict=True):
-            phase = 2 * math.pi * ((fi * cycles[0] + fj * cycles[1] + fk * cycles[2]) % 1)
-            target += (height / volume.numel()) * torch.cos(phase.to(torch.float32))
+        turns = (torch.from_numpy(turn.astype(np.complex64)).to(volumes.device) for turn in _turns(points, shape))
+        for i, j, k, height in zip(*turns, heights, strict=True):
+            wave = (i[:, None] * j)[..., None] * k
+            target += wave.real * (height / volume.numel())
     return result
 
 
