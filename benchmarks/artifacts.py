@@ -193,16 +193,18 @@ def table(shape: tuple[int, ...], seconds: float, least: int, costs: dict[str, l
     for name, row in ROWS.items():
         calls = calls_of(name, row, shape)
         ms = medians_ms(calls, seconds, least)
-        torch.set_num_threads(2)
-        two = medians_ms({"": calls["function"]}, seconds / 4, least)[""]
-        torch.set_num_threads(1)
+        two = ""
+        if shape == VOLUME:
+            torch.set_num_threads(2)
+            two = f"{medians_ms({'': calls['function']}, seconds / 4, least)['']:.2f}"
+            torch.set_num_threads(1)
         peers = sorted((ms[library], library) for library in PEERS if library in ms)
         faster = [peers[0][0] / ms["function"], peers[0][0] / ms["transform"]]
         if shape == PATCH:
             goals = [judged(f, goal, "x") for f, goal in zip(faster, row.goals, strict=False)]
         else:
             goals = [judged(ms["function"], goal, " ms") for goal in row.goals[2:]]
-        cells = [row.title, *(f"{t:.2f}" for t in (ms["function"], two, ms["transform"]))]
+        cells = [row.title, f"{ms['function']:.2f}", two, f"{ms['transform']:.2f}"]
         cells += [", ".join(f"{library} {t:.2f}" for t, library in peers), *(f"{f:.1f}x" for f in faster)]
         lines.append(f"| {' | '.join([*cells, ', '.join(goals)])} |")
         costs.setdefault(name, []).append(f"{ms['function']:.2g}")

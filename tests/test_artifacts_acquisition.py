@@ -38,6 +38,9 @@ def test_presets():
     assert 0.048 < max(std) <= 0.05
     std = [p["std"] for steps in full for name, p in steps if name == "GaussianNoise"]
     assert 0.02 <= min(std) < max(std) <= 0.1
+    spikes = [p["intensity"] for steps in mild for name, p in steps if name == "KSpaceSpike"]
+    assert 0.05 <= min(spikes) < 0.06
+    assert 0.24 < max(spikes) <= 0.25
 
 
 def test_severity_zero_is_the_identity():

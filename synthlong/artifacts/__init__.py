@@ -12,7 +12,7 @@ from synthlong.artifacts.downsampling import (
 from synthlong.artifacts.ghosting import KSpaceGhosting, RandomKSpaceGhosting, kspace_ghosting
 from synthlong.artifacts.motion import KSpaceMotion, RandomKSpaceMotion, kspace_motion
 from synthlong.artifacts.noise import GaussianNoise, RandomGaussianNoise, gaussian_noise
-from synthlong.artifacts.slice_thickness import RandomSliceThickness, SliceThickness, slice_thickness
+from synthlong.artifacts.slices import RandomSliceThickness, SliceThickness, slice_thickness
 from synthlong.artifacts.spike import KSpaceSpike, RandomKSpaceSpike, kspace_spike
 from synthlong.artifacts.unsharp import RandomUnsharpMask, UnsharpMask, unsharp_mask
 

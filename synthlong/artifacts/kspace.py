@@ -43,7 +43,7 @@ def add_filtered(x: Tensor, images: Sequence[Tensor], masks: Sequence[Mask], *, 
     pencils = (-1, n, after)  # all lines along the axis, side by side
     result, sources = x.clone(), [image.view(pencils) for image in images]
     widths = [2 * int(np.count_nonzero(_even_part(mask))) for mask in masks]
-    if _transform_is_faster(n, max(widths, default=0), after):
+    if sources and _transform_is_faster(n, max(widths), after):
         _add_by_transform(result.view(pencils), sources, masks, scale)
     else:
         for source, mask in zip(sources, masks, strict=True):

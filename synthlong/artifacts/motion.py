@@ -6,8 +6,8 @@ Planes of k-space are acquired from one end to the other along the phase-encodin
 pose T_s. F_s, the filter of m_s along that axis alone, is all that is left of the Fourier transforms (see `kspace`).
 The segment with the centre of k-space is in no other pose than the image's own, so that masks of the image stay true.
 
-Source: Shaw et al. 2020 (doi:10.1109/TMI.2020.2972616); Kamraoui et al. 2022, section 2.4
-(doi:10.3389/fnimg.2022.948235).
+Source: Shaw et al. 2019 (https://proceedings.mlr.press/v102/shaw19a.html), 2020 (PMC7116018); Kamraoui et al. 2022,
+section 2.4 (doi:10.3389/fnimg.2022.948235).
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ Pose = NDArray[np.float64]
 
 _FARTHEST = 1e4  # mm
 _MOST_MOVEMENTS = 100
+_CENTRE = 0.15  # of the planes, on each side of the centre, in which random movements do not happen
 
 
 def kspace_motion(
@@ -69,6 +70,8 @@ def kspace_motion(
     """
     turns = check_triples("degrees", degrees, least=-360, most=360)
     shifts = check_triples("translation_mm", translation_mm, least=-_FARTHEST, most=_FARTHEST)
+    if not isinstance(times, (Sequence, np.ndarray)):
+        raise ValueError(f"times = {times!r}: must be a list of numbers")
     moments = [check_number("times", time, least=0, most=1) for time in times]
     axis = int(check_number("axis", axis, least=0, most=2, whole=True))
     spacing = check_triple("spacing_mm", spacing_mm, least=1e-3, most=1e3)
@@ -122,6 +125,9 @@ class KSpaceMotion(Artifact):
 class RandomKSpaceMotion(RandomArtifact):
     """Random movements at random times.
 
+    None happens in the middle 30 % of the acquisition: too short a segment about the centre of k-space would let the
+    other poses shift the whole image, away from its masks.
+
     Args:
         degrees: Range of the rotation about each axis.
         translation_mm: Range of the shift along each axis in mm.
@@ -157,9 +163,15 @@ class RandomKSpaceMotion(RandomArtifact):
         return {
             "degrees": [[self.degrees.draw(rng) for _ in range(3)] for _ in movements],
             "translation_mm": [[self.translation_mm.draw(rng) for _ in range(3)] for _ in movements],
-            "times": sorted(round(float(rng.random()), 6) for _ in movements),
+            "times": sorted(_time(float(rng.random())) for _ in movements),
             "axis": axis,
         }
+
+
+def _time(u: float) -> float:
+    """Return the time of a movement, uniform outside the middle of the acquisition, from a number in [0, 1)."""
+    time = u * (1 - 2 * _CENTRE)
+    return round(time if time < 0.5 - _CENTRE else time + 2 * _CENTRE, 6)
 
 
 def _moved_segments(n: int, times: Sequence[float]) -> list[Mask]:
@@ -288,16 +300,12 @@ def _stay(position, step):  # type: ignore[no-untyped-def, unused-ignore]
 
 @njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
 def _interpolate(row, k, run, padded, corner, line, plane, position, step):  # type: ignore[no-untyped-def, unused-ignore]
-    """Write a run of voxels, and up to 15 more that mean nothing."""
-    unit = np.float32(1 / _ONE)
-    wa, wb, wc = (
-        np.float32(position[0] & (_ONE - 1)) * unit,
-        np.float32(position[1] & (_ONE - 1)) * unit,
-        np.float32(position[2] & (_ONE - 1)) * unit,
-    )
-    da, db, dc = np.float32(step[0]) * unit, np.float32(step[1]) * unit, np.float32(step[2]) * unit
-    one, k = np.uint64(1), np.uint64(k)
-    c00 = np.uint64(corner)
+    """Write a run of voxels to the row, and up to 15 more that mean nothing."""
+    unit, low, one = np.float32(1 / _ONE), _ONE - 1, np.uint64(1)  # unsigned: a signed index may count from the end
+    wa, da = np.float32(position[0] & low) * unit, np.float32(step[0]) * unit
+    wb, db = np.float32(position[1] & low) * unit, np.float32(step[1]) * unit
+    wc, dc = np.float32(position[2] & low) * unit, np.float32(step[2]) * unit
+    k, c00 = np.uint64(k), np.uint64(corner)
     c01, c10, c11 = c00 + np.uint64(line), c00 + np.uint64(plane), c00 + np.uint64(line + plane)
     for n in range(np.uint64((run + _LANES - 1) // _LANES * _LANES)):
         s = np.float32(np.int32(n))

@@ -4,7 +4,7 @@
 
 This is the real part of the inverse Fourier transform of the spectrum with a_s added at k_s, as in TorchIO, without
 that transform. Nor does the maximum need one where it is known to be at the centre of k-space, |sum x|: in an image
-without negative voxels, and in one whose SD is at most its mean (by Parseval, all other points together have the power
+of one sign, and in one whose SD is at most its mean (by Parseval, all other points together have the power
 (I J K) sum x^2 - (sum x)^2).
 
 Source: TorchIO, Perez-Garcia et al. 2021 (doi:10.1016/j.cmpb.2021.106236); Kamraoui et al. 2022, section 2.4
@@ -137,11 +137,11 @@ class _Transformed:
 
 
 class _Centred:
-    """A volume's spectrum where its largest modulus is known to be at the centre, and counts even if changed."""
+    """A volume's spectrum whose largest modulus is known to be at the centre, and to stay there if changed."""
 
-    def __init__(self, volume: NDArray[np.float32], total: float) -> None:
+    def __init__(self, volume: NDArray[np.float32], height: float) -> None:
         self.volume = volume
-        self.total = total
+        self.height = height
 
     def at(self, point: Point) -> complex:
         """Return the value at a point."""
@@ -152,16 +152,15 @@ class _Centred:
 
     def peak(self, changed: dict[Point, complex]) -> float:
         """Return the largest modulus."""
-        return abs(self.total)
+        return self.height
 
 
 def _spectrum(volume: NDArray[np.float32], points: Sequence[Point], intensity: float) -> _Transformed | _Centred:
     """Return the spectrum in the form that gives its peak soonest."""
-    if intensity > 0 or (0, 0, 0) not in points:  # else a spike could take the centre's peak away
-        total, moduli, squares = _sums(volume)
-        if moduli <= 1.000001 * abs(total) or volume.size * squares <= 2 * total**2:
-            return _Centred(volume, abs(total))
-    return _Transformed(torch.from_numpy(volume))
+    total, moduli, squares = _sums(volume)
+    centred = moduli <= 1.000001 * abs(total) or volume.size * squares <= 2 * total**2
+    stays = intensity * total >= 0 or (0, 0, 0) not in points  # a spike cannot lower the peak at the centre
+    return _Centred(volume, abs(total)) if centred and stays else _Transformed(torch.from_numpy(volume))
 
 
 def _heights(points: Sequence[Point], intensity: float, spectrum: _Transformed | _Centred) -> list[float]:

@@ -10,7 +10,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from synthlong.artifacts.base import softened
-from synthlong.artifacts.slice_thickness import (
+from synthlong.artifacts.slices import (
     RandomSliceThickness,
     SliceThickness,
     _by_numba,

@@ -170,8 +170,7 @@ def _average_rows(x, read, size, out, start, stop):  # type: ignore[no-untyped-d
         b, c, d = a[1:], a[t:], a[u:]
         for p in range(run.size):
             run[p] = share * (a[p] + b[p]) + (third * c[p] + fourth * d[p])
-        for o in range(row, end):
-            line, y = x[o], out[o]
-            for e in ends:
-                y[e] = share * (line[read[e]] + line[read[e + 1]])
-                y[e] += third * line[read[e + t]] + fourth * line[read[e + u]]
+        for e in ends:
+            a0, b0, c0, d0 = read[e], read[e + 1], read[e + t], read[e + u]
+            for o in range(row, end):
+                out[o, e] = share * (x[o, a0] + x[o, b0]) + (third * x[o, c0] + fourth * x[o, d0])
