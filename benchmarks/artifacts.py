@@ -196,7 +196,8 @@ def table(shape: tuple[int, ...], seconds: float, least: int, costs: dict[str, l
         two = ""
         if shape == VOLUME:
             torch.set_num_threads(2)
-            two = f"{medians_ms({'': calls['function']}, seconds / 4, least)['']:.2f}"
+            both = medians_ms({"function": calls["function"]}, seconds / 4, least)
+            two = f"{both['function']:.2f}"
             torch.set_num_threads(1)
         peers = sorted((ms[library], library) for library in PEERS if library in ms)
         faster = [peers[0][0] / ms["function"], peers[0][0] / ms["transform"]]

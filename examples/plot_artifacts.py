@@ -29,7 +29,7 @@ def motions() -> list[Artifact]:
     """The same two movements at a third, two thirds and the whole of their size."""
     degrees, shifts = np.array([[2, -1, 5], [-3, 2, -4]]), np.array([[1, 4, -2], [-2, -3, 1]])
     sizes = (1 / 3, 2 / 3, 1)
-    return [library.KSpaceMotion((s * degrees).tolist(), (s * shifts).tolist(), [0.46, 0.56], axis=1) for s in sizes]
+    return [library.KSpaceMotion((s * degrees).tolist(), (s * shifts).tolist(), [0.44, 0.56], axis=1) for s in sizes]
 
 
 def bias_fields() -> list[Artifact]:

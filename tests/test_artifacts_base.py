@@ -262,6 +262,25 @@ def test_correlation_is_what_it_says(correlation):
     assert abs(np.corrcoef(drawn.T)[0, 1] - want) < 0.08
 
 
+@pytest.mark.parametrize("cls", RANDOM)
+def test_autocast_and_gradients_do_not_matter(cls):
+    transform, x = always(cls, seed=1), image(1, 9, 8, 7)
+    want = transform(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(transform(x), want)
+    result = transform(x.requires_grad_())
+    assert torch.equal(result, want)
+    assert not result.requires_grad
+
+
+def test_arrays_become_lists_in_history():
+    coefficients = np.linspace(-0.1, 0.1, 20)
+    result = artifacts.PolynomialBiasField(coefficients)(subject())
+    name, arguments = json.loads(json.dumps(result.applied_transforms[0]))
+    assert arguments["coefficients"] == coefficients.tolist()
+    assert same(snapshot(getattr(artifacts, name)(**arguments)(subject())), snapshot(result))
+
+
 def test_twin_with_parameters_by_name():
     source = subject()
     result = artifacts.GaussianBlur({"t1": 0.0, "flair": 1.0})(source)

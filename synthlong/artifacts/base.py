@@ -193,7 +193,7 @@ class Artifact(_Transform):
 
     def __init__(self, params: Params, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        vars(self).update(params)
+        vars(self).update({name: _plain(value) for name, value in params.items()})
         self.args_names = list(params)
         named = {name for value in params.values() if isinstance(value, dict) for name in value}
         for name in named or {_ALONE}:  # the kernel checks its parameters itself
@@ -297,3 +297,10 @@ class _Correlated(np.random.Generator):
 
 def _called(name: str) -> str:
     return "" if name == _ALONE else f"image '{name}': "
+
+
+def _plain(value: Any) -> Any:
+    """Return arrays as lists: history is JSON."""
+    if isinstance(value, dict):
+        return {name: _plain(v) for name, v in value.items()}
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic, Tensor)) else value

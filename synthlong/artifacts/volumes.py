@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import pairwise
 
 import numpy as np
@@ -27,7 +28,7 @@ def on_volumes(
 
     Args:
         x: Image, shape `(..., I, J, K)`, or one slice `(I, J)`; any floating-point dtype, strides and device.
-            Computed in float32, without gradient.
+            Computed in float32 (autocast or not), without gradient.
         torch_kernel: From contiguous float32 volumes `(N, I, J, K)`, which it must not change, to new ones of the
             same shape, on any device.
         numba_kernel: The same for C-contiguous arrays, used on the CPU; None: `torch_kernel` runs there too.
@@ -36,10 +37,12 @@ def on_volumes(
         ValueError: `x` has integers, no voxels, NaN or infinite values, or fewer than two axes.
     """
     volumes = _volumes(x)
-    if numba_kernel is not None and volumes.device.type == "cpu":
-        result = torch.from_numpy(numba_kernel(volumes.numpy()))
-    else:
-        result = torch_kernel(volumes)
+    device = volumes.device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        if numba_kernel is not None and device == "cpu":
+            result = torch.from_numpy(numba_kernel(volumes.numpy()))
+        else:
+            result = torch_kernel(volumes)
     return result.reshape(x.shape).to(x.dtype)
 
 
