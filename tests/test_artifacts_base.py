@@ -20,10 +20,18 @@ RANDOM.remove(artifacts.RandomArtifact)
 KERNELS = [r.final.kernel for r in RANDOM]
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
 def always(cls, **kwargs):
     """A transform that changes the image whatever it draws."""
-    extra = {"preset": "kamraoui"} if cls is artifacts.RandomAcquisition else {}
-    return cls(**extra, **kwargs)
+    extra = {
+        artifacts.RandomAcquisition: {"preset": "kamraoui", "count": 9},
+        artifacts.RandomKSpaceMotion: {"movements": 6},
+    }
+    return cls(**extra.get(cls, {}), **kwargs)
 
 
 def image(*shape, seed=0):
