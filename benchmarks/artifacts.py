@@ -2,7 +2,8 @@
 
     python benchmarks/artifacts.py [--quick] [--out docs/artifacts/benchmark.md]
 
-Calls are interleaved (ours, peer, peer, ours, ...), medians are taken, images are float32. A peer is listed only where
+Calls are interleaved (ours three times, a peer three times, the next, ours again, ...), so that caches are as warm for
+all; medians are taken, images are float32. A peer is listed only where
 it does the same thing. `--out` writes the table, and the costs into the pages beside it. Takes about 8 minutes, 2 with
 `--quick`; a machine that does something else as well gives wrong figures.
 """
@@ -159,9 +160,10 @@ def medians_ms(calls: Calls, seconds: float, least: int) -> dict[str, float]:
     while rounds < least or time.perf_counter() < stop:
         rounds += 1
         for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            times[name].append(1000 * (time.perf_counter() - started))
+            for _ in range(3):
+                started = time.perf_counter()
+                call()
+                times[name].append(1000 * (time.perf_counter() - started))
     return {name: statistics.median(t) for name, t in times.items()}
 
 

@@ -84,7 +84,7 @@ def _volumes(x: Tensor) -> Tensor:
     return volumes
 
 
-@njit(cache=True, nogil=True)
+@njit("boolean(int32[::1])", cache=True, nogil=True)  # typed: numba's own start is paid when importing
 def _all_finite(bits: NDArray[np.int32]) -> bool:  # type: ignore[no-untyped-def, unused-ignore]
     """Tell whether no float32, given as its bits, has the exponent of NaN and infinity."""
     worst = np.int32(0)
