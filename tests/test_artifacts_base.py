@@ -226,6 +226,11 @@ def test_include_exclude_keep_and_label_keys():
     assert artifacts.RandomGaussianBlur(include=["none"])(source).applied_transforms == []
 
 
+def test_a_dict_without_images_is_no_silent_pass():
+    with pytest.raises(ValueError, match=r"no entry of the dict \['image'\]"):
+        artifacts.RandomGaussianBlur()({"image": torch.ones(1, 8, 8)})
+
+
 def test_copy_false_changes_the_subject_but_not_its_replay():
     source, x = subject(), subject()
     result = artifacts.RandomGaussianBlur(copy=False)(source)

@@ -82,7 +82,7 @@ class _Transform(IntensityTransform):
             **named: The items of a dict instead, as batchgeneratorsv2 passes them.
 
         Raises:
-            ValueError: An image has integers, no voxels, NaN or infinite values; names the image.
+            ValueError: An image has integers, no voxels, NaN or infinite values; names the image. Or a dict has none.
         """
         data = named if data is None and named else data
         if isinstance(data, tio.Subject):
@@ -133,6 +133,10 @@ class _Transform(IntensityTransform):
 
     def _on_dict(self, data: dict[str, Any]) -> dict[str, Any]:
         names = [name for name, value in data.items() if self._is_image(name, value)]
+        if not names and self.include is None and self.exclude is None:
+            raise ValueError(
+                f"no entry of the dict {list(data)} is a floating-point image of rank 4; name some in include"
+            )
         chosen = self._choose(names)
         if chosen is None:
             return data

@@ -37,7 +37,7 @@ Pose = NDArray[np.float64]
 
 _FARTHEST = 1e4  # mm
 _MOST_MOVEMENTS = 100
-_CENTRE = 0.15  # of the planes, on each side of the centre, in which random movements do not happen
+_CENTRE = 0.05  # of the planes, on each side of the centre, in which random movements do not happen
 
 
 def kspace_motion(
@@ -125,7 +125,7 @@ class KSpaceMotion(Artifact):
 class RandomKSpaceMotion(RandomArtifact):
     """Random movements at random times.
 
-    None happens in the middle 30 % of the acquisition: too short a segment about the centre of k-space would let the
+    None happens in the middle 10 % of the acquisition: too short a segment about the centre of k-space would let the
     other poses shift the whole image, away from its masks.
 
     Args:
