@@ -29,6 +29,7 @@ def fit(
     threads: int = typer.Option(0, help="CPU threads; 0: all."),
     device: str = typer.Option("cpu", help="Torch device, e.g. cuda:0."),
     precision: str = typer.Option("auto", help="bf16, float32 or auto."),
+    loss: str = typer.Option("mse", help="mse, or charbonnier: linear for large errors."),
     licence: str = typer.Option("unknown", help="Licence of the data, for the card."),
 ) -> None:
     """Train a synthesis network on single-visit scans with lesion masks.
@@ -52,6 +53,7 @@ def fit(
             seed=seed,
             precision=precision,
             device=device,
+            loss=loss,
         )
     except ValueError as error:
         raise ConfigError(f"--sides {sides}: give whole numbers such as 32,48") from error
@@ -61,6 +63,7 @@ def fit(
         torch.set_num_threads(threads)
     words = ["synthlong", "fit", task.value, cases.name, "-o", out.name]
     words += ["--steps", str(steps), "--learning-rate", str(learning_rate), "--sides", sides, "--seed", str(seed)]
+    words += ["--loss", loss] if loss != "mse" else []
     words += ["--hold-out", hold_out] if hold_out else []
     card = {"command": shlex.join(words), "licence": licence, "version": synthlong.__version__, "commit": _commit()}
     with progress_bar() as show:
