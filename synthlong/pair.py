@@ -10,21 +10,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from synthlong.case import Case
+from synthlong.comparison import CopyPainter, EllipsoidPainter, donor_of, shapes_for
 from synthlong.errors import ConfigError, InputError
 from synthlong.hole import REACH, faded, soft_hole
 from synthlong.inpainting import crop
 from synthlong.lesions import LesionBank, LesionMap, core, read_bank
 from synthlong.placement import allowed_of, site_mask
+from synthlong.profile import Profile
 from synthlong.recipe import LesionEvent, Orientation, Recipe, lesions_of
 from synthlong.tissue import GRAY
 
-__all__ = ["Painter", "Pair", "render"]
+__all__ = ["Painter", "Pair", "painter_of", "render"]
 
 STABLE, NEW, VANISHED, ENLARGED, SHRUNK = 1, 2, 3, 4, 5
 
@@ -37,7 +39,9 @@ _PAD = REACH + 2
 class Painter(Protocol):
     """What paints a synthetic lesion into a box of a scan; see `LesionPainter.paint`."""
 
-    def paint(self, x: NDArray, mask: NDArray, *, seed: int) -> NDArray[np.float32]:
+    def paint(
+        self, x: NDArray, mask: NDArray, *, seed: int, profile: Profile, donor: NDArray | None = None
+    ) -> NDArray[np.float32]:
         """Return the box with its lesion."""
 
 
@@ -81,7 +85,7 @@ def render(
     Args:
         case: The recipe's case, with its healthy volume.
         recipe: What to render.
-        painter: Paints synthetic lesions; None: the shipped lesion generator.
+        painter: Paints synthetic lesions; None: the recipe's, for the network with the shipped weights.
         bank: Lesion shapes; None: the shipped ones.
         whole: Render the case's whole grid instead of the recipe's box; orientations that would change the
             grid's shape are left out.
@@ -100,10 +104,16 @@ def render(
     region = tuple(slice(s, s + n) for s, n in zip(start, shape, strict=True))
     inner = tuple(slice(max(r.start, 0), min(r.stop, n)) for r, n in zip(region, case.shape, strict=True))
     scene = _Scene(case, inner)
-    scene.put_back_real(lesions_of(case, recipe.max_event_mm3), recipe.events)
-    for event in recipe.events:
-        if event.source == "synthetic":
-            scene.add_synthetic(event, allowed_of(case, recipe.margin), painter, bank or read_bank())
+    lesions = lesions_of(case, recipe.max_event_mm3)
+    scene.put_back_real(lesions, recipe.events)
+    synthetic = [e for e in recipe.events if e.source == "synthetic"]
+    shapes = shapes_for(recipe.painter, case, lesions, bank or read_bank()) if synthetic else None
+    for event in synthetic:
+        assert shapes is not None
+        copied = lesions if recipe.painter == "copypaste" else None
+        scene.add_synthetic(
+            event, allowed_of(case, recipe.margin), painter or painter_of(recipe.painter), shapes, copied
+        )
     beyond = [(i.start - r.start, r.stop - i.stop) for i, r in zip(inner, region, strict=True)]
     turn = recipe.orientation
     if whole and tuple(case.shape[a] for a in turn.axes) != case.shape:
@@ -184,11 +194,17 @@ class _Scene:
                 image[...] = _mix(image, healthy, weight[within] / np.maximum(hole, 1e-6))
 
     def add_synthetic(
-        self, event: LesionEvent, allowed: NDArray[np.bool_], painter: Painter | None, bank: LesionBank
+        self,
+        event: LesionEvent,
+        allowed: NDArray[np.bool_],
+        painter: Painter,
+        bank: LesionBank,
+        copied: LesionMap | None,
     ) -> None:
-        """Paint a synthetic lesion where it meets the region."""
+        """Paint a synthetic lesion where it meets the region; `copied`: the lesions that its donor is one of."""
         assert event.site is not None
         assert event.seed is not None
+        assert event.profile is not None
         widest = int(bank.extents[event.site.shape].max()) + REACH
         if not _meet(tuple(slice(c - widest, c + widest) for c in event.site.centre), self.region):
             return
@@ -212,18 +228,19 @@ class _Scene:
         if not meet or not (wholes[0] | wholes[1]).any():
             return
         mine, theirs = meet
-        painter = painter or _shipped_painter()
+        donor = donor_of(self.case, copied, event.site, bank, start, side) if copied else None
+        look: dict[str, Any] = {"seed": event.seed, "profile": event.profile, "donor": donor}
         large = max(wholes, key=np.count_nonzero)
         hole = soft_hole(large)
         near = (hole > 0) & (matter >= GRAY)  # a lesion ends where CSF begins
-        painted = painter.paint(context, large, seed=event.seed)
+        painted = painter.paint(context, large, **look)
         for visit, whole in zip(self.visits, wholes, strict=True):
             if not whole.any():
                 continue
             shown = painted
             lost = large & ~whole
             if lost.any():  # painted anew near its smaller border only: farther inside both visits are equal
-                smaller = painter.paint(context, whole, seed=event.seed)
+                smaller = painter.paint(context, whole, **look)
                 shown = _mix(painted, smaller, soft_hole(lost) / np.maximum(hole, 1e-6))
             visit[mine] = np.where(near[theirs], shown[theirs], visit[mine])
 
@@ -246,8 +263,11 @@ def _mix(a: NDArray, b: NDArray, share: NDArray) -> NDArray[np.float32]:
     return np.where(share == 1, b, a + share * (b - a))
 
 
-@lru_cache(maxsize=1)
-def _shipped_painter() -> Painter:
+@lru_cache(maxsize=3)
+def painter_of(name: str) -> Painter:
+    """Return the painter of that name, the network with the shipped weights."""
+    if name != "network":
+        return CopyPainter() if name == "copypaste" else EllipsoidPainter()
     from synthlong.networks import default_precision
     from synthlong.painting import LesionPainter
 

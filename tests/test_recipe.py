@@ -46,6 +46,7 @@ events = st.one_of(
         voxels=voxels,
         site=st.builds(Site, st.integers(0, 9000), st.booleans(), st.tuples(whole, whole, whole)),
         seed=st.integers(0, 2**31 - 1),
+        profile=st.tuples(*[st.floats(-1, 2)] * 5),
     ),
 )
 orientations = st.builds(

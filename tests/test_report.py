@@ -33,10 +33,11 @@ def cube(*corner: int, side: int = 3) -> Cube:
 
 def synthetic(before: float, after: float, centre: tuple[int, int, int], voxels: tuple[int, int]) -> LesionEvent:
     i, j, k = (c + s for c, s in zip(centre, START, strict=True))
-    return LesionEvent("synthetic", before, after, voxels, site=Site(0, False, (i, j, k)), seed=1)
+    return LesionEvent("synthetic", before, after, voxels, site=Site(0, False, (i, j, k)), seed=1, profile=PROFILE)
 
 
 NEW = synthetic(0, 1, (3, 3, 3), (0, 27))
+PROFILE = (0.0, 0.1, 0.3, 0.3, 0.3)
 NEW_REAL = LesionEvent("real", 0, 1, (0, 8), lesion=1)
 VANISHED = LesionEvent("real", 1, 0, (40, 0), lesion=2)  # cut by the box
 ENLARGING = synthetic(0.5, 1, (12, 12, 12), (1, 27))
@@ -253,8 +254,8 @@ def test_centres_follow_the_case_s_own_grid(tmp_path: Path) -> None:
     """An MNI position is the same dot whichever grid the case has; one off the map is left out."""
     base = Recipe("a", Box(START, SIDE, "event"), (NEW,))
     i, j, k = NEW.site.centre  # type: ignore[union-attr]
-    shifted = LesionEvent("synthetic", 0, 1, (0, 27), site=Site(0, False, (i - 10, j, k)), seed=1)
-    far = LesionEvent("synthetic", 0, 1, (0, 27), site=Site(0, False, (i + 500, j, k)), seed=1)
+    shifted = LesionEvent("synthetic", 0, 1, (0, 27), site=Site(0, False, (i - 10, j, k)), seed=1, profile=PROFILE)
+    far = LesionEvent("synthetic", 0, 1, (0, 27), site=Site(0, False, (i + 500, j, k)), seed=1, profile=PROFILE)
     texts = []
     for name, events, origin in (("a", (NEW,), -91.0), ("b", (shifted, far), -81.0)):
         recipe = Recipe("a", base.box, events, origin_mm=(origin, -126.0, -72.0)).to_json()
