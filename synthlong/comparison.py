@@ -113,7 +113,7 @@ def _own_shape(case: Case, lesions: LesionMap, number: int) -> Shape:
 
 @lru_cache(maxsize=2)
 def ellipsoids(bank: LesionBank) -> LesionBank:
-    """Return a bank of ellipsoids with the volumes and second moments of a bank's shapes."""
+    """Return a bank of ellipsoids with the volumes and the proportions of a bank's shapes."""
     return LesionBank.from_shapes([_ellipsoid(bank[n]) for n in range(len(bank))])
 
 
