@@ -20,7 +20,7 @@ from synthlong.lesions import find_lesions
 from synthlong.networks import UNetConfig
 from synthlong.profile import Profile, depth_in, profile_of, raised
 from synthlong.sampling import MOST_DRAWS, Sample, draw_orientation, draw_variation, vary
-from synthlong.texture import roughen, texture_of
+from synthlong.texture import mottle, roughen, texture_of
 from synthlong.weights import TrainedNetwork
 
 __all__ = ["LesionPainter", "LesionSampler"]
@@ -42,18 +42,23 @@ class LesionPainter(TrainedNetwork):
             x: Box of a scan, shape `(I, J, K)`, brain mode 1, background 0; about 8 voxels around the lesion.
             mask: The lesion's voxels.
             seed: Seed of the noise.
-            profile: The lesion's contrast by depth.
+            profile: The lesion's contrast by depth, and how uneven it is.
             donor: Of no use here.
         """
         mask = np.asarray(mask) != 0
         weight = hole_in(x, mask)
         if not weight.any():
             return np.array(x, np.float32)
-        guess = raised(first_guess(x, weight), profile, depth_in(mask), weight > 0)
+        depth = depth_in(mask)
+        guess = raised(first_guess(x, weight), profile, depth, weight > 0)
         seen = corrupt(x, weight, mask, seed=seed, guess=guess)
         painted = np.maximum(guess + self.change(seen), 0)
         smooth = np.where(weight > 0, x + weight * (painted - x), x).astype(np.float32, copy=False)
-        return roughen(smooth, weight, texture_of(x, weight > 0), seed=seed)
+        texture = texture_of(x, weight > 0)
+        rough = roughen(smooth, weight, texture, seed=seed)
+        return mottle(
+            rough, depth, np.sqrt(max(profile.spread**2 - texture.whole_sd**2, 0)), where=weight > 0, seed=seed + 1
+        )
 
 
 class LesionSampler:

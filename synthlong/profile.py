@@ -1,12 +1,15 @@
 """A lesion's profile: how much brighter than the tissue around it is, by depth below its border.
 
-    image in a hole = first guess + profile(depth) + what the network adds
+    image in a hole = first guess + profile(depth) + what the network adds + texture
 
-Contrast, edge and brightness of the core in five numbers. In training they are those of the lesion that is
-painted again; in use they are drawn after a real lesion's, so that synthetic lesions vary as real ones do.
+Contrast, edge and brightness of the core in five numbers, unevenness in a sixth. In training they are those of the
+lesion that is painted again; in use they are drawn after a real lesion's, so that synthetic lesions vary as real
+ones do.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +20,23 @@ from synthlong.lesions import LesionMap
 
 __all__ = ["LEVELS", "Profile", "contrast_of", "depth_in", "draw_profile", "profile_of", "profiles_in", "raised"]
 
-Profile = tuple[float, ...]
-
 LEVELS = (-1.5, -0.5, 0.5, 1.5, 2.5)
 """Depths below the border that a profile speaks of, voxels; negative outside, where edges are soft."""
 
 _LOG_VOLUME_SD = 0.4
 _JITTER = 0.08
+
+
+class Profile(NamedTuple):
+    """How one lesion differs from the tissue around it, brain mode 1.
+
+    Args:
+        levels: Mean excess over the first guess at each of `LEVELS`.
+        spread: SD of its voxels about that.
+    """
+
+    levels: tuple[float, ...]
+    spread: float
 
 
 def depth_in(mask: NDArray) -> NDArray[np.float32]:
@@ -38,7 +51,7 @@ def depth_in(mask: NDArray) -> NDArray[np.float32]:
 
 
 def profile_of(excess: NDArray, depth: NDArray, counts: NDArray[np.bool_]) -> Profile:
-    """Return the mean excess at each of `LEVELS`; one that a small lesion lacks is that of the level above.
+    """Measure a lesion; a level that a small one lacks is that of the level above.
 
     Args:
         excess: Image minus first guess, brain mode 1.
@@ -50,23 +63,25 @@ def profile_of(excess: NDArray, depth: NDArray, counts: NDArray[np.bool_]) -> Pr
     for level in LEVELS:
         here = counts & (nearest == level) & (depth >= LEVELS[0] - 0.5)
         levels.append(float(excess[here].mean()) if here.any() else (levels[-1] if levels else 0.0))
-    return tuple(levels)
+    within = counts & (depth > 0)
+    rest = excess[within] - np.interp(depth[within], LEVELS, levels)
+    return Profile(tuple(levels), float(rest.std()) if rest.size > 1 else 0.0)
 
 
 def contrast_of(profile: Profile, depth: NDArray) -> float:
     """Return the mean of a profile over a lesion's voxels."""
-    return float(np.interp(depth[depth > 0], LEVELS, profile).mean())
+    return float(np.interp(depth[depth > 0], LEVELS, profile.levels).mean())
 
 
 def raised(guess: NDArray, profile: Profile, depth: NDArray, where: NDArray[np.bool_]) -> NDArray[np.float32]:
     """Return a first guess with a profile on it at the voxels `where`."""
     bright = guess.astype(np.float32)
-    bright[where] += np.interp(depth[where], LEVELS, profile).astype(np.float32)
+    bright[where] += np.interp(depth[where], LEVELS, profile.levels).astype(np.float32)
     return bright
 
 
 def profiles_in(flair: NDArray, lesions: LesionMap) -> NDArray[np.float32]:
-    """Measure a scan's lesions: logarithm of the volume in mm3, then the profile, `(n, 1 + len(LEVELS))`.
+    """Measure a scan's lesions: logarithm of the volume in mm3, then levels and spread, `(n, 2 + len(LEVELS))`.
 
     Args:
         flair: The scan, brain mode 1.
@@ -80,8 +95,8 @@ def profiles_in(flair: NDArray, lesions: LesionMap) -> NDArray[np.float32]:
         labels = lesions.labels[wide]
         counts = (weight[wide] > 0) & ((labels == number) | (labels == 0))
         profile = profile_of(excess[wide], depth_in(labels == number), counts)
-        rows.append((np.log(lesions.volumes_mm3[number - 1]), *profile))
-    return np.array(rows, np.float32).reshape(len(rows), 1 + len(LEVELS))
+        rows.append((np.log(lesions.volumes_mm3[number - 1]), *profile.levels, profile.spread))
+    return np.array(rows, np.float32).reshape(len(rows), 2 + len(LEVELS))
 
 
 def draw_profile(rng: np.random.Generator, measured: NDArray[np.float32], *, volume_mm3: float) -> Profile:
@@ -95,5 +110,6 @@ def draw_profile(rng: np.random.Generator, measured: NDArray[np.float32], *, vol
     score = -0.5 * ((measured[:, 0].astype(np.float64) - np.log(volume_mm3)) / _LOG_VOLUME_SD) ** 2
     chance = np.cumsum(np.exp(score - score.max()))
     donor = int(np.searchsorted(chance, rng.random() * chance[-1], side="right"))
-    profile = measured[min(donor, len(measured) - 1), 1:] * np.exp(_JITTER * rng.standard_normal())
-    return tuple(round(float(p), 4) for p in profile)
+    drawn = measured[min(donor, len(measured) - 1), 1:] * np.exp(_JITTER * rng.standard_normal())
+    *levels, spread = (round(float(p), 4) for p in drawn)
+    return Profile(tuple(levels), spread)

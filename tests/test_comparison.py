@@ -9,8 +9,9 @@ from synthlong.errors import InputError
 from synthlong.hole import soft_hole
 from synthlong.lesions import LesionBank, Shape, find_lesions, read_bank
 from synthlong.placement import Site, shape_at
+from synthlong.profile import Profile
 
-PROFILE = (0.0, 0.1, 0.4, 0.5, 0.6)
+PROFILE = Profile((0.0, 0.1, 0.4, 0.5, 0.6), 0.1)
 
 
 @pytest.mark.parametrize("painter", [EllipsoidPainter(), CopyPainter()])

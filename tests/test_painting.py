@@ -8,9 +8,10 @@ from synthlong.errors import InputError
 from synthlong.hole import first_guess, hole_in, soft_hole
 from synthlong.networks import UNet, UNetConfig
 from synthlong.painting import LesionPainter, LesionSampler, raised_by_own
+from synthlong.profile import Profile
 from synthlong.weights import write_weights
 
-PROFILE = (0.0, 0.1, 0.4, 0.5, 0.6)
+PROFILE = Profile((0.0, 0.1, 0.4, 0.5, 0.6), 0.1)
 CONFIG = UNetConfig(in_channels=3, out_channels=1, widths=(8, 16))
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from synthlong.errors import ConfigError
 from synthlong.lesions import core, read_bank
 from synthlong.placement import Site, allowed_of, site_mask
+from synthlong.profile import Profile
 from synthlong.recipe import Box, LesionEvent, Orientation, Recipe, draw_recipe, lesions_of, rng_of
 from synthlong.synthesis import SynthesisConfig
 
@@ -46,7 +47,7 @@ events = st.one_of(
         voxels=voxels,
         site=st.builds(Site, st.integers(0, 9000), st.booleans(), st.tuples(whole, whole, whole)),
         seed=st.integers(0, 2**31 - 1),
-        profile=st.tuples(*[st.floats(-1, 2)] * 5),
+        profile=st.builds(Profile, st.tuples(*[st.floats(-1, 2)] * 5), st.floats(0, 1)),
     ),
 )
 orientations = st.builds(

@@ -17,6 +17,7 @@ from synthlong.dataset.plan import adopt_plan, make_plan
 from synthlong.dataset.shards import Sample, write_index, write_shard
 from synthlong.errors import ConfigError, InputError
 from synthlong.placement import Site
+from synthlong.profile import Profile
 from synthlong.recipe import Box, LesionEvent, Orientation, Recipe
 from synthlong.report import _changes, _chosen, _data_uri, write_report
 from synthlong.synthesis import SynthesisConfig
@@ -25,6 +26,8 @@ SIDE, START = 16, (60, 100, 80)
 TURN = Orientation((2, 0, 1), (True, False, True))
 BRAIN = np.random.default_rng(0).normal(1, 0.05, (SIDE,) * 3).astype(np.float32)
 Cube = tuple[slice, ...]
+
+PROFILE = Profile((0.0, 0.1, 0.3, 0.3, 0.3), 0.1)
 
 
 def cube(*corner: int, side: int = 3) -> Cube:
@@ -37,7 +40,6 @@ def synthetic(before: float, after: float, centre: tuple[int, int, int], voxels:
 
 
 NEW = synthetic(0, 1, (3, 3, 3), (0, 27))
-PROFILE = (0.0, 0.1, 0.3, 0.3, 0.3)
 NEW_REAL = LesionEvent("real", 0, 1, (0, 8), lesion=1)
 VANISHED = LesionEvent("real", 1, 0, (40, 0), lesion=2)  # cut by the box
 ENLARGING = synthetic(0.5, 1, (12, 12, 12), (1, 27))

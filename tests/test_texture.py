@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from synthlong.texture import Texture, roughen, texture_of
+from synthlong.texture import Texture, mottle, roughen, texture_of
 
 
 def grainy(shape, sd, widths, seed):
@@ -17,11 +17,13 @@ def neighbours(x, axis):
     return float((np.take(x, range(n - 1), axis) * np.take(x, range(1, n), axis)).mean() / (x**2).mean())
 
 
-@pytest.mark.parametrize("correlation", [(0.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.8, 0.6, 0.9)])
+@pytest.mark.parametrize("correlation", [(0.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.7, 0.6, 0.85)])
 def test_noise_has_the_correlation_asked_for(correlation):
     noise = Texture(0.1, correlation).noise((64, 64, 64), seed=1)
-    assert noise.std() == pytest.approx(1, abs=0.01)
-    assert [neighbours(noise, a) for a in range(3)] == pytest.approx(correlation, abs=0.06)
+    rest = noise - ndimage.gaussian_filter(noise, 1.5)
+    assert rest.std() == pytest.approx(1, abs=0.02)
+    assert noise.std() == pytest.approx(Texture(1.0, correlation).whole_sd, rel=0.02)
+    assert [neighbours(rest, a) for a in range(3)] == pytest.approx(correlation, abs=0.06)
     assert np.array_equal(noise, Texture(0.1, correlation).noise((64, 64, 64), seed=1))
     assert not np.array_equal(noise, Texture(0.1, correlation).noise((64, 64, 64), seed=2))
 
@@ -59,3 +61,17 @@ def test_roughen_adds_little_to_what_is_rough_already():
     x = grainy((40, 40, 40), 0.06, (0.6, 0.6, 0.6), seed=5)
     added = roughen(x, np.ones_like(x), texture_of(x, np.zeros_like(x)), seed=6) - x
     assert added.std() < 0.025
+
+
+def test_mottle_is_noise_that_fades_at_the_border():
+    depth = np.broadcast_to(np.arange(40)[:, None, None] - 19.5, (40, 40, 40))
+    where = np.ones(depth.shape, bool)
+    where[:, :4] = False
+    x = np.full(depth.shape, 2, np.float32)
+    uneven = mottle(x, depth, 0.1, where=where, seed=1) - x
+    assert uneven[21:].std() == pytest.approx(0.1, rel=0.1)
+    assert uneven[20].std() == pytest.approx(0.075, rel=0.2)
+    assert not uneven[:19].any()
+    assert not uneven[:, :4].any()
+    assert neighbours(uneven[21:, 4:], 1) == pytest.approx(np.exp(-0.25), abs=0.04)
+    assert np.array_equal(mottle(x, depth, 0.0, where=where, seed=1), x)
