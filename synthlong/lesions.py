@@ -170,7 +170,7 @@ class LesionBank:
         volumes_mm3: int32 `(n,)`.
         bits: uint8, the packed boxes in C order, one after the other.
         ends: int64 `(n,)`, end of each in `bits`.
-        profiles: float32 `(m, 7)`, of the lesions of the scans at hand; see `profile.profiles_in`. For cases
+        profiles: float32 `(m, 11)`, of the lesions of the scans at hand; see `profile.profiles_in`. For cases
             that have too few lesions of their own.
     """
 
@@ -203,7 +203,7 @@ class LesionBank:
             volumes_mm3=np.array([s.voxels.sum() for s in shapes], np.int32),
             bits=np.concatenate(packed) if packed else np.zeros(0, np.uint8),
             ends=np.cumsum([len(p) for p in packed], dtype=np.int64),
-            profiles=np.zeros((0, 7), np.float32) if profiles is None else profiles,
+            profiles=np.zeros((0, 11), np.float32) if profiles is None else profiles,
         )
 
     @cached_property

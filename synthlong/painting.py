@@ -18,9 +18,9 @@ from synthlong.hole import FLUID, corrupt, first_guess, hole_in
 from synthlong.inpainting import crop
 from synthlong.lesions import find_lesions
 from synthlong.networks import UNetConfig
-from synthlong.profile import Profile, depth_in, profile_of, raised
+from synthlong.profile import LEVELS, Profile, depth_in, profile_of, raised
 from synthlong.sampling import MOST_DRAWS, Sample, draw_orientation, draw_variation, vary
-from synthlong.texture import mottle, roughen, texture_of
+from synthlong.texture import mottle, texture_of
 from synthlong.weights import TrainedNetwork
 
 __all__ = ["LesionPainter", "LesionSampler"]
@@ -55,10 +55,8 @@ class LesionPainter(TrainedNetwork):
         painted = np.maximum(guess + self.change(seen), 0)
         smooth = np.where(weight > 0, x + weight * (painted - x), x).astype(np.float32, copy=False)
         texture = texture_of(x, weight > 0)
-        rough = roughen(smooth, weight, texture, seed=seed)
-        return mottle(
-            rough, depth, np.sqrt(max(profile.spread**2 - texture.whole_sd**2, 0)), where=weight > 0, seed=seed + 1
-        )
+        spread = np.interp(depth, LEVELS, profile.spreads).astype(np.float32)
+        return mottle(smooth, weight, texture, spread=spread, there=painted - guess, seed=seed)
 
 
 class LesionSampler:

@@ -2,13 +2,14 @@
 
     image in a hole = first guess + profile(depth) + what the network adds + texture
 
-Contrast, edge and brightness of the core in five numbers, unevenness in a sixth. In training they are those of the
+Contrast, edge and brightness of the core in five numbers, unevenness in five more. In training they are those of the
 lesion that is painted again; in use they are drawn after a real lesion's, so that synthetic lesions vary as real
 ones do.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ LEVELS = (-1.5, -0.5, 0.5, 1.5, 2.5)
 
 _LOG_VOLUME_SD = 0.4
 _JITTER = 0.08
+_FEWEST = 4
 
 
 class Profile(NamedTuple):
@@ -32,11 +34,22 @@ class Profile(NamedTuple):
 
     Args:
         levels: Mean excess over the first guess at each of `LEVELS`.
-        spread: SD of its voxels about that.
+        spreads: SD of the voxels at each level.
     """
 
     levels: tuple[float, ...]
-    spread: float
+    spreads: tuple[float, ...]
+
+    @property
+    def row(self) -> tuple[float, ...]:
+        """All numbers, the levels first."""
+        return (*self.levels, *self.spreads)
+
+    @classmethod
+    def from_row(cls, row: Iterable[float]) -> Profile:
+        """Return the profile with this row."""
+        numbers = [float(r) for r in row]
+        return cls(tuple(numbers[: len(LEVELS)]), tuple(numbers[len(LEVELS) :]))
 
 
 def depth_in(mask: NDArray) -> NDArray[np.float32]:
@@ -59,13 +72,14 @@ def profile_of(excess: NDArray, depth: NDArray, counts: NDArray[np.bool_]) -> Pr
         counts: Voxels that count.
     """
     levels: list[float] = []
+    spreads: list[float] = []
     nearest = np.clip(np.floor(depth), LEVELS[0] - 0.5, LEVELS[-1] - 0.5) + 0.5
     for level in LEVELS:
         here = counts & (nearest == level) & (depth >= LEVELS[0] - 0.5)
         levels.append(float(excess[here].mean()) if here.any() else (levels[-1] if levels else 0.0))
-    within = counts & (depth > 0)
-    rest = excess[within] - np.interp(depth[within], LEVELS, levels)
-    return Profile(tuple(levels), float(rest.std()) if rest.size > 1 else 0.0)
+        enough = np.count_nonzero(here) >= _FEWEST
+        spreads.append(float(excess[here].std(ddof=1)) if enough else (spreads[-1] if spreads else 0.0))
+    return Profile(tuple(levels), tuple(spreads))
 
 
 def contrast_of(profile: Profile, depth: NDArray) -> float:
@@ -81,7 +95,7 @@ def raised(guess: NDArray, profile: Profile, depth: NDArray, where: NDArray[np.b
 
 
 def profiles_in(flair: NDArray, lesions: LesionMap) -> NDArray[np.float32]:
-    """Measure a scan's lesions: logarithm of the volume in mm3, then levels and spread, `(n, 2 + len(LEVELS))`.
+    """Measure a scan's lesions: logarithm of the volume in mm3, then profile, `(n, 1 + 2 * len(LEVELS))`.
 
     Args:
         flair: The scan, brain mode 1.
@@ -95,8 +109,8 @@ def profiles_in(flair: NDArray, lesions: LesionMap) -> NDArray[np.float32]:
         labels = lesions.labels[wide]
         counts = (weight[wide] > 0) & ((labels == number) | (labels == 0))
         profile = profile_of(excess[wide], depth_in(labels == number), counts)
-        rows.append((np.log(lesions.volumes_mm3[number - 1]), *profile.levels, profile.spread))
-    return np.array(rows, np.float32).reshape(len(rows), 2 + len(LEVELS))
+        rows.append((np.log(lesions.volumes_mm3[number - 1]), *profile.row))
+    return np.array(rows, np.float32).reshape(len(rows), 1 + 2 * len(LEVELS))
 
 
 def draw_profile(rng: np.random.Generator, measured: NDArray[np.float32], *, volume_mm3: float) -> Profile:
@@ -111,5 +125,4 @@ def draw_profile(rng: np.random.Generator, measured: NDArray[np.float32], *, vol
     chance = np.cumsum(np.exp(score - score.max()))
     donor = int(np.searchsorted(chance, rng.random() * chance[-1], side="right"))
     drawn = measured[min(donor, len(measured) - 1), 1:] * np.exp(_JITTER * rng.standard_normal())
-    *levels, spread = (round(float(p), 4) for p in drawn)
-    return Profile(tuple(levels), spread)
+    return Profile.from_row(round(float(p), 4) for p in drawn)

@@ -75,7 +75,7 @@ class LesionEvent:
         assert self.site is not None
         assert self.profile is not None
         shape = {"shape": self.site.shape, "mirrored": self.site.mirrored, "centre": list(self.site.centre)}
-        return {**shape, "seed": self.seed, "profile": [list(self.profile.levels), self.profile.spread], **plain}
+        return {**shape, "seed": self.seed, "profile": list(self.profile.row), **plain}
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> LesionEvent:
@@ -86,8 +86,7 @@ class LesionEvent:
         if "lesion" in plain:
             return cls("real", lesion=plain["lesion"], **common)
         i, j, k = plain["centre"]
-        site, (levels, spread) = Site(plain["shape"], plain["mirrored"], (i, j, k)), plain["profile"]
-        profile = Profile(tuple(levels), spread)
+        site, profile = Site(plain["shape"], plain["mirrored"], (i, j, k)), Profile.from_row(plain["profile"])
         return cls("synthetic", site=site, seed=plain["seed"], profile=profile, **common)
 
 

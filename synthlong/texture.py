@@ -19,7 +19,6 @@ __all__ = ["Texture", "mottle", "roughen", "texture_of"]
 
 _SMOOTH, _AROUND = 1.5, 1.5
 _FEWEST = 500
-_MOTTLE = 1.0
 _WIDTHS = np.concatenate([[0.0], np.linspace(0.3, 3, 55)])
 
 
@@ -123,26 +122,29 @@ def roughen(x: NDArray[np.float32], weight: NDArray, texture: Texture, *, seed: 
         texture: Of the tissue around.
         seed: Seed of the noise.
     """
-    rest = x - ndimage.gaussian_filter(x, _SMOOTH)
-    there = ndimage.gaussian_filter(rest**2, _AROUND)
+    there = ndimage.gaussian_filter((x - ndimage.gaussian_filter(x, _SMOOTH)) ** 2, _AROUND)
     lacking = np.sqrt(np.maximum(texture.sd**2 - there, 0))
-    rough = np.maximum(x + weight * lacking * texture.noise(x.shape, seed), 0)
-    return np.where(weight > 0, rough, x).astype(np.float32, copy=False)
+    return _added(x, weight, lacking * texture.noise(x.shape, seed))
 
 
 def mottle(
-    x: NDArray[np.float32], depth: NDArray, sd: float, *, where: NDArray[np.bool_], seed: int
+    x: NDArray[np.float32], weight: NDArray, texture: Texture, *, spread: NDArray, there: NDArray, seed: int
 ) -> NDArray[np.float32]:
-    """Return an image with a lesion's unevenness: noise under a Gaussian of SD 1 voxel, fading at the border.
+    """Return an image with a lesion's unevenness in its hole: grain as strong as is asked for at each voxel.
 
     Args:
-        x: Image with an even lesion, shape `(I, J, K)`.
-        depth: Below the lesion's border, voxels; from 1 on the noise is whole, from -1 on there is none.
-        sd: Of the noise.
-        where: Voxels that may change.
+        x: Image with a smooth lesion, shape `(I, J, K)`.
+        weight: The hole, in [0, 1]; where it is 0 the image stays bit for bit.
+        texture: Of the tissue around, for the correlation.
+        spread: SD of the lesion about its profile, at each voxel.
+        there: What the smooth lesion differs by from its profile.
         seed: Seed of the noise.
     """
-    white = np.random.default_rng(np.random.SeedSequence(seed)).standard_normal(x.shape, np.float32)
-    coarse = ndimage.gaussian_filter(white, _MOTTLE, mode="wrap")
-    coarse *= np.float32(sd) / coarse.std() * np.clip((depth + 1) / 2, 0, 1)
-    return np.where(where, np.maximum(x + coarse, 0), x).astype(np.float32, copy=False)
+    lacking = np.sqrt(np.maximum(spread**2 - ndimage.gaussian_filter(there**2, _AROUND), 0))
+    return _added(x, weight, lacking * texture.share * texture.noise(x.shape, seed))
+
+
+def _added(x: NDArray[np.float32], weight: NDArray, grain: NDArray) -> NDArray[np.float32]:
+    """Return an image with grain in its hole; at the soft edge as much as the tissue's own grain has faded by."""
+    faded = np.sqrt(weight * (2 - weight))
+    return np.where(weight > 0, np.maximum(x + faded * grain, 0), x).astype(np.float32, copy=False)

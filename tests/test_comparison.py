@@ -11,7 +11,7 @@ from synthlong.lesions import LesionBank, Shape, find_lesions, read_bank
 from synthlong.placement import Site, shape_at
 from synthlong.profile import Profile
 
-PROFILE = Profile((0.0, 0.1, 0.4, 0.5, 0.6), 0.1)
+PROFILE = Profile((0.0, 0.1, 0.4, 0.5, 0.6), (0.05,) * 5)
 
 
 @pytest.mark.parametrize("painter", [EllipsoidPainter(), CopyPainter()])

@@ -11,7 +11,7 @@ from synthlong.painting import LesionPainter, LesionSampler, raised_by_own
 from synthlong.profile import Profile
 from synthlong.weights import write_weights
 
-PROFILE = Profile((0.0, 0.1, 0.4, 0.5, 0.6), 0.1)
+PROFILE = Profile((0.0, 0.1, 0.4, 0.5, 0.6), (0.05,) * 5)
 CONFIG = UNetConfig(in_channels=3, out_channels=1, widths=(8, 16))
 
 

@@ -47,7 +47,7 @@ events = st.one_of(
         voxels=voxels,
         site=st.builds(Site, st.integers(0, 9000), st.booleans(), st.tuples(whole, whole, whole)),
         seed=st.integers(0, 2**31 - 1),
-        profile=st.builds(Profile, st.tuples(*[st.floats(-1, 2)] * 5), st.floats(0, 1)),
+        profile=st.builds(Profile, *[st.tuples(*[st.floats(-1, 2)] * 5)] * 2),
     ),
 )
 orientations = st.builds(

@@ -27,7 +27,7 @@ TURN = Orientation((2, 0, 1), (True, False, True))
 BRAIN = np.random.default_rng(0).normal(1, 0.05, (SIDE,) * 3).astype(np.float32)
 Cube = tuple[slice, ...]
 
-PROFILE = Profile((0.0, 0.1, 0.3, 0.3, 0.3), 0.1)
+PROFILE = Profile((0.0, 0.1, 0.3, 0.3, 0.3), (0.05,) * 5)
 
 
 def cube(*corner: int, side: int = 3) -> Cube:

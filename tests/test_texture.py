@@ -63,15 +63,29 @@ def test_roughen_adds_little_to_what_is_rough_already():
     assert added.std() < 0.025
 
 
-def test_mottle_is_noise_that_fades_at_the_border():
-    depth = np.broadcast_to(np.arange(40)[:, None, None] - 19.5, (40, 40, 40))
-    where = np.ones(depth.shape, bool)
-    where[:, :4] = False
-    x = np.full(depth.shape, 2, np.float32)
-    uneven = mottle(x, depth, 0.1, where=where, seed=1) - x
-    assert uneven[21:].std() == pytest.approx(0.1, rel=0.1)
-    assert uneven[20].std() == pytest.approx(0.075, rel=0.2)
-    assert not uneven[:19].any()
+def test_mottle_is_as_strong_as_asked_for():
+    x = np.full((40, 40, 40), 2, np.float32)
+    weight = np.ones_like(x)
+    weight[:, :4] = 0
+    spread = np.full_like(x, 0.1)
+    spread[20:] = 0.2
+    texture = Texture(0.05, (0.6, 0.6, 0.6))
+    uneven = mottle(x, weight, texture, spread=spread, there=np.zeros_like(x), seed=1) - x
     assert not uneven[:, :4].any()
-    assert neighbours(uneven[21:, 4:], 1) == pytest.approx(np.exp(-0.25), abs=0.04)
-    assert np.array_equal(mottle(x, depth, 0.0, where=where, seed=1), x)
+    assert uneven[:20, 4:].std() == pytest.approx(0.1, rel=0.1)
+    assert uneven[20:, 4:].std() == pytest.approx(0.2, rel=0.1)
+    there = np.random.default_rng(0).normal(0, 0.08, x.shape)
+    less = mottle(x, weight, texture, spread=spread, there=there, seed=1) - x
+    assert less[:20, 4:].std() == pytest.approx(np.sqrt(0.1**2 - 0.08**2), rel=0.15)
+    assert np.array_equal(mottle(x, weight, texture, spread=0 * spread, there=there, seed=1), x)
+
+
+def test_grain_fills_up_what_has_faded_at_a_soft_edge():
+    x = np.full((64, 24, 24), 1, np.float32)
+    weight = np.broadcast_to(np.linspace(0, 1, 64, dtype=np.float32)[:, None, None], x.shape)
+    texture = Texture(0.05, (0.5, 0.5, 0.5))
+    spread = np.full_like(x, 0.1)
+    own = 1 - weight
+    grain = mottle(x, weight, texture, spread=spread, there=np.zeros_like(x), seed=2) - x
+    total = np.sqrt(grain.std(axis=(1, 2)) ** 2 + (0.1 * own[:, 0, 0]) ** 2)
+    assert total == pytest.approx(np.full(64, 0.1), rel=0.3)

@@ -115,8 +115,7 @@ def repainted(fold: Fold, case: Case, number: int, *, own: bool) -> Patch:
     rng = rng_of(0, case.id, number)
     if own:
         kept = np.flatnonzero(lesions.volumes_mm3 > 3)
-        *levels, spread = (float(p) for p in measured[int(np.searchsorted(kept, number - 1)), 1:])
-        profile = Profile(tuple(levels), spread)
+        profile = Profile.from_row(measured[int(np.searchsorted(kept, number - 1)), 1:])
     else:
         profile = draw_profile(rng, measured, volume_mm3=volume)
     painted = fold.painter.paint(image, patch.mask, seed=int(rng.integers(2**31)), profile=profile)
