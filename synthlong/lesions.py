@@ -170,7 +170,7 @@ class LesionBank:
         volumes_mm3: int32 `(n,)`.
         bits: uint8, the packed boxes in C order, one after the other.
         ends: int64 `(n,)`, end of each in `bits`.
-        profiles: float32 `(m, 11)`, of the lesions of the scans at hand; see `profile.profiles_in`. For cases
+        profiles: float32 `(m, 11)`, of the lesions of the scans at hand; see `profile`. For cases
             that have too few lesions of their own.
     """
 
@@ -283,18 +283,18 @@ def build_bank(data: Path, out: Path, *, largest_mm3: float = 3000.0, widest: in
 
 
 def _profiles_of(data: Path) -> NDArray[np.float32]:
-    """Return the profiles of the lesions over 3 mm3 of all labelled scans."""
+    """Return the profiles of the typical lesions of all labelled scans."""
     from synthlong.case import read_case
-    from synthlong.profile import profiles_in
+    from synthlong.profile import profiles_in, typical
 
     found = []
     for mask in sorted(data.rglob("*_desc-lesions_mask.nii.gz")):
         flair = mask.with_name(mask.name.replace("desc-lesions_mask", "FLAIR"))
         if flair.exists():
             case = read_case(flair, mask)
-            found.append(profiles_in(case.flair, find_lesions(case.lesions, max_event_mm3=3000.0)))
-    measured = np.concatenate(found)
-    return measured[measured[:, 0] > np.log(SMALLEST_EVENT_MM3)]
+            lesions = find_lesions(case.lesions, max_event_mm3=3000.0)
+            found.append(profiles_in(case.flair, lesions)[typical(lesions)])
+    return np.concatenate(found)
 
 
 def grown(mask: NDArray, margin: int) -> NDArray[np.bool_]:

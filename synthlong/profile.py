@@ -17,9 +17,19 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from synthlong.hole import first_guess, hole_in
-from synthlong.lesions import LesionMap
+from synthlong.lesions import SMALLEST_EVENT_MM3, LesionMap, grown
 
-__all__ = ["LEVELS", "Profile", "contrast_of", "depth_in", "draw_profile", "profile_of", "profiles_in", "raised"]
+__all__ = [
+    "LEVELS",
+    "Profile",
+    "contrast_of",
+    "depth_in",
+    "draw_profile",
+    "profile_of",
+    "profiles_in",
+    "raised",
+    "typical",
+]
 
 LEVELS = (-1.5, -0.5, 0.5, 1.5, 2.5)
 """Depths below the border that a profile speaks of, voxels; negative outside, where edges are soft."""
@@ -111,6 +121,17 @@ def profiles_in(flair: NDArray, lesions: LesionMap) -> NDArray[np.float32]:
         profile = profile_of(excess[wide], depth_in(labels == number), counts)
         rows.append((np.log(lesions.volumes_mm3[number - 1]), *profile.row))
     return np.array(rows, np.float32).reshape(len(rows), 1 + 2 * len(LEVELS))
+
+
+def typical(lesions: LesionMap) -> NDArray[np.bool_]:
+    """Return which lesions are like those that are painted: over 3 mm3, no other lesion within 3 voxels."""
+    alone = []
+    for number, box in enumerate(lesions.boxes, start=1):
+        wide = tuple(slice(max(b.start - 4, 0), b.stop + 4) for b in box)
+        labels = lesions.labels[wide]
+        others = (labels > 0) & (labels != number)
+        alone.append(not (others & grown(labels == number, 3)).any())
+    return np.array(alone, bool) & (lesions.volumes_mm3 > SMALLEST_EVENT_MM3)
 
 
 def draw_profile(rng: np.random.Generator, measured: NDArray[np.float32], *, volume_mm3: float) -> Profile:

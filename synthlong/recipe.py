@@ -23,7 +23,7 @@ from synthlong.errors import ConfigError
 from synthlong.hole import grown_box
 from synthlong.lesions import SMALLEST_EVENT_MM3, LesionBank, LesionMap, core, find_lesions, grown, read_bank
 from synthlong.placement import PlacementMap, Site, allowed_of, draw_site, find_placements
-from synthlong.profile import Profile, draw_profile, profiles_in
+from synthlong.profile import Profile, draw_profile, profiles_in, typical
 from synthlong.synthesis import SynthesisConfig
 
 __all__ = ["Box", "LesionEvent", "Orientation", "Recipe", "draw_recipe", "rng_of"]
@@ -231,11 +231,11 @@ def lesions_of(case: Case, max_event_mm3: float) -> LesionMap:
 
 
 def profiles_of(case: Case, max_event_mm3: float) -> NDArray[np.float32]:
-    """Return the profiles of the case's lesions over 3 mm3, worked out once; see `profile.profiles_in`."""
+    """Return the profiles of the case's typical lesions, worked out once; see `profile`."""
     key = ("profiles", float(max_event_mm3))
     if key not in case.derived:
-        measured = profiles_in(case.flair, lesions_of(case, max_event_mm3))
-        case.derived[key] = measured[measured[:, 0] > np.log(SMALLEST_EVENT_MM3)]
+        lesions = lesions_of(case, max_event_mm3)
+        case.derived[key] = profiles_in(case.flair, lesions)[typical(lesions)]
     return case.derived[key]
 
 

@@ -19,6 +19,7 @@ __all__ = ["Texture", "mottle", "roughen", "texture_of"]
 
 _SMOOTH, _AROUND = 1.5, 1.5
 _FEWEST = 500
+_COARSE = 1.2
 _WIDTHS = np.concatenate([[0.0], np.linspace(0.3, 3, 55)])
 
 
@@ -130,18 +131,24 @@ def roughen(x: NDArray[np.float32], weight: NDArray, texture: Texture, *, seed: 
 def mottle(
     x: NDArray[np.float32], weight: NDArray, texture: Texture, *, spread: NDArray, there: NDArray, seed: int
 ) -> NDArray[np.float32]:
-    """Return an image with a lesion's unevenness in its hole: grain as strong as is asked for at each voxel.
+    """Return an image with a lesion's unevenness in its hole, as strong as is asked for at each voxel.
+
+    No more of it than the tissue has is grain, the rest is coarser (white noise under a Gaussian of SD 1.2 voxels).
 
     Args:
         x: Image with a smooth lesion, shape `(I, J, K)`.
         weight: The hole, in [0, 1]; where it is 0 the image stays bit for bit.
-        texture: Of the tissue around, for the correlation.
+        texture: Of the tissue around.
         spread: SD of the lesion about its profile, at each voxel.
         there: What the smooth lesion differs by from its profile.
         seed: Seed of the noise.
     """
-    lacking = np.sqrt(np.maximum(spread**2 - ndimage.gaussian_filter(there**2, _AROUND), 0))
-    return _added(x, weight, lacking * texture.share * texture.noise(x.shape, seed))
+    lacking = np.maximum(spread**2 - ndimage.gaussian_filter(there**2, _AROUND), 0)
+    fine = np.minimum(lacking, texture.whole_sd**2)
+    white = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,))).standard_normal(x.shape, np.float32)
+    coarse = ndimage.gaussian_filter(white, _COARSE, mode="wrap")
+    grain = np.sqrt(fine) * texture.share * texture.noise(x.shape, seed)
+    return _added(x, weight, grain + np.sqrt(lacking - fine) * coarse / coarse.std())
 
 
 def _added(x: NDArray[np.float32], weight: NDArray, grain: NDArray) -> NDArray[np.float32]:

@@ -2,7 +2,17 @@ import numpy as np
 import pytest
 
 from synthlong.lesions import find_lesions
-from synthlong.profile import LEVELS, Profile, contrast_of, depth_in, draw_profile, profile_of, profiles_in, raised
+from synthlong.profile import (
+    LEVELS,
+    Profile,
+    contrast_of,
+    depth_in,
+    draw_profile,
+    profile_of,
+    profiles_in,
+    raised,
+    typical,
+)
 
 PROFILE = Profile((0.02, 0.1, 0.3, 0.5, 0.6), (0.0,) * 5)
 
@@ -68,3 +78,10 @@ def test_a_drawn_profile_is_that_of_a_lesion_of_its_size():
         assert np.array_equal(drawn, drawn.round(4))
     again = [draw_profile(np.random.default_rng(3), measured, volume_mm3=50.0) for _ in range(2)]
     assert again[0] == again[1]
+
+
+def test_typical_lesions_lie_alone():
+    labels = np.zeros((40, 20, 20), np.uint8)
+    labels[4:7, 5:8, 5:8] = labels[9:12, 5:8, 5:8] = labels[20:23, 5:8, 5:8] = labels[30, 5, 5] = 1
+    lesions = find_lesions(labels, max_event_mm3=3000.0)
+    assert typical(lesions).tolist() == [False, False, True, False]

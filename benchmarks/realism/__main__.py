@@ -3,8 +3,8 @@
     python -m benchmarks.realism training.csv -o OUT [--weights FOLDER ...] [--quick]
 
 `training.csv` is a manifest of labelled scans (`python -m synthlong.assets.build manifest DATA -o .`). Each FOLDER
-holds `inpainter.safetensors` and `generator.safetensors` with their cards, which say whom they were trained on; they are
-measured on the manifest's other patients. Without it: the shipped weights. Writes `realism.txt` (the tables),
+holds `inpainter.safetensors` and `generator.safetensors` with their cards, which say whom they were trained on; they
+are measured on the manifest's other patients. Without it: the shipped weights. Writes `realism.txt` (the tables),
 `realism.html` (the same with pictures), `mixed.html` (fifty lesions without labels) and `mixed.txt` (the answers).
 """
 
@@ -116,9 +116,8 @@ def removal_table(rows: list[dict]) -> list[str]:
     for region in ("all", "white matter"):
         kept = [r for r in rows if region == "all" or r["white"]]
         count = sum(r["method"] == "mean fill" for r in kept)
-        lines.append(
-            f"{region + f', {count} holes':24s}   MAE   PSNR   SSIM  texture  lag 1-3 (original)               seam"
-        )
+        head = "   MAE   PSNR   SSIM  texture  lag 1-3 (original)               seam"
+        lines.append(f"{f'{region}, {count} holes':24s}{head}")
         for method in _METHODS:
             own = [r for r in kept if r["method"] == method]
             if not own:

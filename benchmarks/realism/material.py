@@ -17,7 +17,7 @@ from synthlong.networks import default_precision
 from synthlong.painting import LesionPainter
 from synthlong.pair import painter_of, render
 from synthlong.placement import allowed_of, site_mask
-from synthlong.profile import Profile, draw_profile
+from synthlong.profile import Profile, draw_profile, profiles_in
 from synthlong.recipe import draw_recipe, lesions_of, profiles_of, rng_of
 from synthlong.synthesis import SynthesisConfig
 
@@ -110,14 +110,14 @@ def repainted(fold: Fold, case: Case, number: int, *, own: bool) -> Patch:
     lesions = lesions_of(case, LIMIT_MM3)
     patch, _ = _around(case, case.healthy, lesions, number)
     image = patch.image
-    measured = profiles_of(case, LIMIT_MM3)
-    volume = float(lesions.volumes_mm3[number - 1])
     rng = rng_of(0, case.id, number)
     if own:
-        kept = np.flatnonzero(lesions.volumes_mm3 > 3)
-        profile = Profile.from_row(measured[int(np.searchsorted(kept, number - 1)), 1:])
+        if "all profiles" not in case.derived:
+            case.derived["all profiles"] = profiles_in(case.flair, lesions)
+        profile = Profile.from_row(case.derived["all profiles"][number - 1, 1:])
     else:
-        profile = draw_profile(rng, measured, volume_mm3=volume)
+        volume = float(lesions.volumes_mm3[number - 1])
+        profile = draw_profile(rng, profiles_of(case, LIMIT_MM3), volume_mm3=volume)
     painted = fold.painter.paint(image, patch.mask, seed=int(rng.integers(2**31)), profile=profile)
     return replace(patch, image=painted)
 

@@ -23,7 +23,7 @@ PAINTERS = ("network", "copypaste", "ellipsoid")
 
 
 def measure_repainting(fold: Fold) -> list[dict[str, float]]:
-    """Return error, contrast and texture of each real lesion painted again by its own profile, beside the real one's."""
+    """Return error and looks of each real lesion painted again by its own profile, beside the real one's."""
     rows = []
     for case in fold.cases:
         for number, real in real_lesions(case):
