@@ -20,6 +20,7 @@ __all__ = ["Texture", "mottle", "roughen", "texture_of"]
 _SMOOTH, _AROUND = 1.5, 1.5
 _FEWEST = 500
 _COARSE = 1.2
+_SKEW = 0.25
 _WIDTHS = np.concatenate([[0.0], np.linspace(0.3, 3, 55)])
 
 
@@ -133,7 +134,8 @@ def mottle(
 ) -> NDArray[np.float32]:
     """Return an image with a lesion's unevenness in its hole, as strong as is asked for at each voxel.
 
-    No more of it than the tissue has is grain, the rest is coarser (white noise under a Gaussian of SD 1.2 voxels).
+    No more of it than the tissue has is grain, the rest is coarser (white noise under a Gaussian of at least 1.2
+    voxels). Both are skewed as a log-normal of SD 0.25: real lesions have more bright spots than dark ones.
 
     Args:
         x: Image with a smooth lesion, shape `(I, J, K)`.
@@ -146,9 +148,11 @@ def mottle(
     lacking = np.maximum(spread**2 - ndimage.gaussian_filter(there**2, _AROUND), 0)
     fine = np.minimum(lacking, texture.whole_sd**2)
     white = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,))).standard_normal(x.shape, np.float32)
-    coarse = ndimage.gaussian_filter(white, _COARSE, mode="wrap")
-    grain = np.sqrt(fine) * texture.share * texture.noise(x.shape, seed)
-    return _added(x, weight, grain + np.sqrt(lacking - fine) * coarse / coarse.std())
+    coarse = ndimage.gaussian_filter(white, np.maximum(texture.widths, _COARSE), mode="wrap")
+    share = np.sqrt(fine / np.maximum(lacking, 1e-9))
+    even = share * texture.share * texture.noise(x.shape, seed) + np.sqrt(1 - share**2) * coarse / coarse.std()
+    skewed = (np.exp(_SKEW * even - 0.5 * _SKEW**2) - 1) / np.sqrt(np.expm1(_SKEW**2))
+    return _added(x, weight, np.sqrt(lacking) * skewed)
 
 
 def _added(x: NDArray[np.float32], weight: NDArray, grain: NDArray) -> NDArray[np.float32]:

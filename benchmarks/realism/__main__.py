@@ -54,7 +54,7 @@ def main() -> None:
     print("\n".join(lines))
     rows, tissue, filled = [], [], []
     for fold in folds:
-        found, patches = measure_removal(fold, rounds=1 if options.quick else 3)
+        found, patches = measure_removal(fold, rounds=1 if options.quick else 2)
         rows += found
         tissue += [a for a, _ in patches]
         filled += [b for _, b in patches]
@@ -64,7 +64,7 @@ def main() -> None:
     real = [p for f in folds for c in f.cases for _, p in real_lesions(c)]
     made = {"repainted": [p for f in folds for p in repainted_lesions(f)]}
     for painter in PAINTERS:
-        made[painter] = [p for f in folds for p in _synthetic(f, painter, 60 if options.quick else 150)]
+        made[painter] = [p for f in folds for p in _synthetic(f, painter, 60 if options.quick else 100)]
     say("\nPainting: real lesions removed and painted again by their own profile")
     for line in repainting_table([r for f in folds for r in measure_repainting(f)]):
         say(line)

@@ -80,7 +80,7 @@ def _network(train: list[Patch], truth: NDArray, test: list[Patch]) -> NDArray:
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     model = nn.Sequential(
-        *(nn.Conv3d(2, 8, 3, padding=1), nn.BatchNorm3d(8), nn.ReLU(), nn.MaxPool3d(2)),
+        *(nn.Conv3d(2, 8, 3, padding=1, stride=2), nn.BatchNorm3d(8), nn.ReLU()),
         *(nn.Conv3d(8, 16, 3, padding=1), nn.BatchNorm3d(16), nn.ReLU(), nn.MaxPool3d(2)),
         *(nn.Conv3d(16, 32, 3, padding=1), nn.BatchNorm3d(32), nn.ReLU()),
         *(nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Dropout(0.3), nn.Linear(32, 1)),
