@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from synthlong.case import Case
 from synthlong.errors import InputError
-from synthlong.hole import FLUID, corrupt, first_guess, hole_in
+from synthlong.hole import FLUID, REACH, corrupt, first_guess, hole_in
 from synthlong.inpainting import crop
 from synthlong.lesions import find_lesions
 from synthlong.networks import UNetConfig
@@ -49,7 +49,7 @@ class LesionPainter(TrainedNetwork):
         weight = hole_in(x, mask)
         if not weight.any():
             return np.array(x, np.float32)
-        depth = depth_in(mask)
+        depth = depth_in(mask, reach=REACH + 1)
         guess = raised(first_guess(x, weight), profile, depth, weight > 0)
         seen = corrupt(x, weight, mask, seed=seed, guess=guess)
         painted = np.maximum(guess + self.change(seen), 0)
