@@ -25,10 +25,12 @@ def fit(
     hold_out: str = typer.Option(None, help="Patient kept out of training, on whom the error is measured."),
     learning_rate: float = typer.Option(1e-4, help="Highest learning rate of Adam."),
     sides: str = typer.Option("64", help="Patch sides in voxels, e.g. 32,48: crops around the areas train faster."),
+    patches: int = typer.Option(16, help="Patches of 32 voxels a side in a batch; fewer larger ones."),
     seed: int = typer.Option(0, help="Seed of everything drawn."),
     threads: int = typer.Option(0, help="CPU threads; 0: all."),
     device: str = typer.Option("cpu", help="Torch device, e.g. cuda:0."),
     precision: str = typer.Option("auto", help="bf16, float32 or auto."),
+    loss: str = typer.Option("mse", help="mse, or charbonnier: linear for large errors."),
     licence: str = typer.Option("unknown", help="Licence of the data, for the card."),
 ) -> None:
     """Train a synthesis network on single-visit scans with lesion masks.
@@ -48,10 +50,12 @@ def fit(
         config = FitConfig(
             steps=steps,
             sides=tuple(int(s) for s in sides.split(",")),
+            voxels=patches * 32**3,
             learning_rate=learning_rate,
             seed=seed,
             precision=precision,
             device=device,
+            loss=loss,
         )
     except ValueError as error:
         raise ConfigError(f"--sides {sides}: give whole numbers such as 32,48") from error
@@ -61,6 +65,8 @@ def fit(
         torch.set_num_threads(threads)
     words = ["synthlong", "fit", task.value, cases.name, "-o", out.name]
     words += ["--steps", str(steps), "--learning-rate", str(learning_rate), "--sides", sides, "--seed", str(seed)]
+    words += ["--patches", str(patches)] if patches != 16 else []
+    words += ["--loss", loss] if loss != "mse" else []
     words += ["--hold-out", hold_out] if hold_out else []
     card = {"command": shlex.join(words), "licence": licence, "version": synthlong.__version__, "commit": _commit()}
     with progress_bar() as show:

@@ -35,7 +35,7 @@ class Inpainter(TrainedNetwork):
 
     task = "inpainter"
 
-    def fill(self, x: NDArray, mask: NDArray, *, seed: int = 0) -> NDArray[np.float32]:
+    def fill(self, x: NDArray, mask: NDArray, *, seed: int = 0, grain: bool = True) -> NDArray[np.float32]:
         """Return the image with its lesions replaced by tissue; all else stays bit for bit, background too.
 
         Windows of 48^3 that hold lesions are filled one by one and blended where they overlap. The first
@@ -45,6 +45,7 @@ class Inpainter(TrainedNetwork):
             x: Image, shape `(I, J, K)`, brain mode 1, background 0.
             mask: Lesion voxels.
             seed: Seed of the noise in the holes.
+            grain: Whether to put the texture back that the mean of all likely tissues lacks.
         """
         x = np.asarray(x, np.float32)
         weight = hole_in(x, mask)
@@ -62,7 +63,7 @@ class Inpainter(TrainedNetwork):
             total[window] += fade
         filled = np.maximum(guess + change / np.maximum(total, 1e-6), 0)
         smooth = np.where(weight > 0, x + weight * (filled - x), x)
-        return roughen(smooth, weight, texture_of(x, weight > 0), seed=seed)
+        return roughen(smooth, weight, texture_of(x, weight > 0), seed=seed) if grain else smooth
 
 
 def heal(case: Case, inpainter: Inpainter) -> Case:

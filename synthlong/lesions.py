@@ -170,6 +170,8 @@ class LesionBank:
         volumes_mm3: int32 `(n,)`.
         bits: uint8, the packed boxes in C order, one after the other.
         ends: int64 `(n,)`, end of each in `bits`.
+        profiles: float32 `(m, 11)`, of the lesions of the scans at hand; see `profile`. For cases
+            that have too few lesions of their own.
     """
 
     extents: NDArray[np.int16]
@@ -177,6 +179,7 @@ class LesionBank:
     volumes_mm3: NDArray[np.int32]
     bits: NDArray[np.uint8]
     ends: NDArray[np.int64]
+    profiles: NDArray[np.float32]
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -191,7 +194,7 @@ class LesionBank:
         return Shape(flat.astype(bool).reshape(sides), (x, y, z))
 
     @classmethod
-    def from_shapes(cls, shapes: Sequence[Shape]) -> LesionBank:
+    def from_shapes(cls, shapes: Sequence[Shape], profiles: NDArray[np.float32] | None = None) -> LesionBank:
         """Pack shapes."""
         packed = [np.packbits(s.voxels) for s in shapes]
         return cls(
@@ -200,6 +203,7 @@ class LesionBank:
             volumes_mm3=np.array([s.voxels.sum() for s in shapes], np.int32),
             bits=np.concatenate(packed) if packed else np.zeros(0, np.uint8),
             ends=np.cumsum([len(p) for p in packed], dtype=np.int64),
+            profiles=np.zeros((0, 11), np.float32) if profiles is None else profiles,
         )
 
     @cached_property
@@ -221,7 +225,7 @@ def read_bank(path: Path | None = None) -> LesionBank:
         InputError: Not a lesion bank.
     """
     path = path or LesionBank.default_path()
-    fields = ("extents", "centres_mm", "volumes_mm3", "bits", "ends")
+    fields = ("extents", "centres_mm", "volumes_mm3", "bits", "ends", "profiles")
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
             bank = LesionBank(**{name: stored[name] for name in fields})
@@ -272,10 +276,25 @@ def build_bank(data: Path, out: Path, *, largest_mm3: float = 3000.0, widest: in
             add(flat.reshape(sides).astype(bool)[::-1], first)
     distinct = {(s.centre_mm, s.voxels.tobytes()): s for s in shapes}
     counts["csim"] = len(distinct) - counts["open_ms"]
-    bank = LesionBank.from_shapes(list(distinct.values()))
-    fields = {f: getattr(bank, f) for f in ("extents", "centres_mm", "volumes_mm3", "bits", "ends")}
+    bank = LesionBank.from_shapes(list(distinct.values()), _profiles_of(data))
+    fields = {f: getattr(bank, f) for f in ("extents", "centres_mm", "volumes_mm3", "bits", "ends", "profiles")}
     np.savez_compressed(out, allow_pickle=False, **fields)
     return counts
+
+
+def _profiles_of(data: Path) -> NDArray[np.float32]:
+    """Return the profiles of the typical lesions of all labelled scans."""
+    from synthlong.case import read_case
+    from synthlong.profile import profiles_in, typical
+
+    found = []
+    for mask in sorted(data.rglob("*_desc-lesions_mask.nii.gz")):
+        flair = mask.with_name(mask.name.replace("desc-lesions_mask", "FLAIR"))
+        if flair.exists():
+            case = read_case(flair, mask)
+            lesions = find_lesions(case.lesions, max_event_mm3=3000.0)
+            found.append(profiles_in(case.flair, lesions)[typical(lesions)])
+    return np.concatenate(found)
 
 
 def grown(mask: NDArray, margin: int) -> NDArray[np.bool_]:

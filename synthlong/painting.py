@@ -2,22 +2,25 @@
 
 A 3-D U-Net with the scan, its lesion voxels replaced by noise, and the lesion mask as inputs learns to
 restore the scan with its lesions (Kamraoui et al. 2022, section 2.3.2, doi 10.3389/fnimg.2022.948235). Given
-a mask where there is none, it paints one. As in `inpainting`, it corrects a smooth first guess.
+a mask where there is none, it paints one. As in `inpainting`, it corrects a smooth first guess; here that has
+the lesion's `profile` on it, so that it need not guess a scan's contrast and edges.
 """
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from synthlong.case import Case
 from synthlong.errors import InputError
-from synthlong.hole import FLUID, corrupt, hole_in
+from synthlong.hole import FLUID, REACH, corrupt, first_guess, hole_in
 from synthlong.inpainting import crop
 from synthlong.lesions import find_lesions
 from synthlong.networks import UNetConfig
+from synthlong.profile import LEVELS, Profile, depth_in, profile_of, raised
 from synthlong.sampling import MOST_DRAWS, Sample, draw_orientation, draw_variation, vary
-from synthlong.texture import roughen, texture_of
+from synthlong.texture import mottle, texture_of
 from synthlong.weights import TrainedNetwork
 
 __all__ = ["LesionPainter", "LesionSampler"]
@@ -30,20 +33,30 @@ class LesionPainter(TrainedNetwork):
 
     task = "generator"
 
-    def paint(self, x: NDArray, mask: NDArray, *, seed: int) -> NDArray[np.float32]:
+    def paint(
+        self, x: NDArray, mask: NDArray, *, seed: int, profile: Profile, donor: NDArray | None = None
+    ) -> NDArray[np.float32]:
         """Return a box with a lesion painted into it; 2.5 voxels from the mask on it stays bit for bit.
 
         Args:
             x: Box of a scan, shape `(I, J, K)`, brain mode 1, background 0; about 8 voxels around the lesion.
             mask: The lesion's voxels.
             seed: Seed of the noise.
+            profile: The lesion's contrast by depth, and how uneven it is.
+            donor: Of no use here.
         """
         mask = np.asarray(mask) != 0
         weight = hole_in(x, mask)
-        seen = corrupt(x, weight, mask, seed=seed)
-        painted = np.maximum(seen[1] + self.change(seen), 0)
+        if not weight.any():
+            return np.array(x, np.float32)
+        depth = depth_in(mask, reach=REACH + 1)
+        guess = raised(first_guess(x, weight), profile, depth, weight > 0)
+        seen = corrupt(x, weight, mask, seed=seed, guess=guess)
+        painted = np.maximum(guess + self.change(seen), 0)
         smooth = np.where(weight > 0, x + weight * (painted - x), x).astype(np.float32, copy=False)
-        return roughen(smooth, weight, texture_of(x, weight > 0), seed=seed)
+        texture = texture_of(x, weight > 0)
+        spread = np.interp(depth, LEVELS, profile.spreads).astype(np.float32)
+        return mottle(smooth, weight, texture, spread=spread, there=painted - guess, seed=seed)
 
 
 class LesionSampler:
@@ -71,15 +84,35 @@ class LesionSampler:
             shift = rng.integers(-5, 6, 3)
             centre = tuple(voxels[rng.integers(len(voxels))] + shift)
             target, _ = crop(self.cases[n].flair, centre, side)
-            mask, _ = crop(self.cases[n].lesions, centre, side)
+            labels, _ = crop(self._lesions[n].labels, centre, side)
             turn = draw_orientation(rng) if varied else (lambda a: a)
-            target, mask = turn(target), turn(mask)
+            target, labels = turn(target), turn(labels)
+            mask = labels > 0
             weight, tissue = hole_in(target, mask), target >= FLUID
             if varied:
                 target = vary(target, draw_variation(rng))
             if (weight == 0).mean() < 0.3 or mask.sum() < 4:
                 continue  # almost nothing but lesion
-            inputs = corrupt(target, weight, mask, seed=int(rng.integers(2**31)), tissue=tissue)
+            guess = raised_by_own(target, first_guess(target, weight, tissue=tissue), labels, weight)
+            inputs = corrupt(target, weight, mask, seed=int(rng.integers(2**31)), guess=guess)
             return Sample(inputs, target[None], weight[None])
         names = ", ".join(c.id for c in self.cases)
         raise InputError(names, f"no lesions to learn from in patches of {side}^3 voxels", "pass scans with lesions")
+
+
+def raised_by_own(x: NDArray, guess: NDArray, labels: NDArray, weight: NDArray) -> NDArray[np.float32]:
+    """Return a first guess that has on it the profile of each lesion of the image itself.
+
+    Args:
+        x: Image, shape `(I, J, K)`.
+        guess: Its first guess.
+        labels: Its lesions, numbered; 0 elsewhere.
+        weight: The hole.
+    """
+    depth, excess = depth_in(labels), x - guess
+    at = ndimage.distance_transform_edt(labels == 0, return_distances=False, return_indices=True)
+    nearest = labels[tuple(at)]
+    for number in np.unique(labels[labels > 0]):
+        here = (nearest == number) & (weight > 0)
+        guess = raised(guess, profile_of(excess, depth, here), depth, here)
+    return guess

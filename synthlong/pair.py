@@ -17,15 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synthlong.case import Case
+from synthlong.comparison import CopyPainter, EllipsoidPainter, donor_of, shapes_for
 from synthlong.errors import InputError
 from synthlong.hole import REACH, faded, soft_hole
 from synthlong.inpainting import crop
 from synthlong.lesions import LesionBank, LesionMap, core, read_bank
 from synthlong.placement import allowed_of, site_mask
+from synthlong.profile import Profile
 from synthlong.recipe import LesionEvent, Orientation, Recipe, lesions_of
 from synthlong.tissue import GRAY
 
-__all__ = ["Painter", "Pair", "render"]
+__all__ = ["Painter", "Pair", "painter_of", "render"]
 
 STABLE, NEW, VANISHED, ENLARGED, SHRUNK = 1, 2, 3, 4, 5
 
@@ -38,7 +40,9 @@ _PAD = REACH + 2
 class Painter(Protocol):
     """What paints a synthetic lesion into a box of a scan; see `LesionPainter.paint`."""
 
-    def paint(self, x: NDArray, mask: NDArray, *, seed: int) -> NDArray[np.float32]:
+    def paint(
+        self, x: NDArray, mask: NDArray, *, seed: int, profile: Profile, donor: NDArray | None = None
+    ) -> NDArray[np.float32]:
         """Return the box with its lesion."""
 
 
@@ -82,7 +86,7 @@ def render(
     Args:
         case: The recipe's case, with its healthy volume.
         recipe: What to render.
-        painter: Paints synthetic lesions; None: the shipped lesion generator.
+        painter: Paints synthetic lesions; None: the recipe's, for the network with the shipped weights.
         bank: Lesion shapes; None: the shipped ones.
         whole: Render the case's whole grid instead of the recipe's box; orientations that would change the
             grid's shape are left out.
@@ -104,10 +108,16 @@ def render(
     if artifacts.before_editing:
         scans = [_Scan(*(_acquired(x, s, case.affine) for x in scan)) for scan, s in zip(scans, steps, strict=True)]
     scene = _Scene(case, scans, inner)
-    scene.put_back_real(lesions_of(case, recipe.max_event_mm3), recipe.events)
-    for event in recipe.events:
-        if event.source == "synthetic":
-            scene.add_synthetic(event, allowed_of(case, recipe.margin), painter, bank or read_bank())
+    lesions = lesions_of(case, recipe.max_event_mm3)
+    scene.put_back_real(lesions, recipe.events)
+    synthetic = [e for e in recipe.events if e.source == "synthetic"]
+    shapes = shapes_for(recipe.painter, case, lesions, bank or read_bank()) if synthetic else None
+    for event in synthetic:
+        assert shapes is not None
+        copied = lesions if recipe.painter == "copypaste" else None
+        scene.add_synthetic(
+            event, allowed_of(case, recipe.margin), painter or painter_of(recipe.painter), shapes, copied
+        )
     beyond = [(i.start - r.start, r.stop - i.stop) for i, r in zip(inner, region, strict=True)]
     affine = case.affine.copy()
     affine[:3, 3] += affine[:3, :3] @ np.array(start, float)
@@ -210,11 +220,17 @@ class _Scene:
                 image[...] = _mix(image, scan.healthy[self.region], weight[within] / np.maximum(hole, 1e-6))
 
     def add_synthetic(
-        self, event: LesionEvent, allowed: NDArray[np.bool_], painter: Painter | None, bank: LesionBank
+        self,
+        event: LesionEvent,
+        allowed: NDArray[np.bool_],
+        painter: Painter,
+        bank: LesionBank,
+        copied: LesionMap | None,
     ) -> None:
-        """Paint a synthetic lesion where it meets the region."""
+        """Paint a synthetic lesion where it meets the region; `copied`: the lesions that its donor is one of."""
         assert event.site is not None
         assert event.seed is not None
+        assert event.profile is not None
         widest = int(bank.extents[event.site.shape].max()) + REACH
         if not _meet(tuple(slice(c - widest, c + widest) for c in event.site.centre), self.region):
             return
@@ -237,7 +253,8 @@ class _Scene:
         if not meet or not (wholes[0] | wholes[1]).any():
             return
         mine, theirs = meet
-        painter = painter or _shipped_painter()
+        donor = donor_of(self.case, copied, event.site, bank, start, side) if copied else None
+        look: dict[str, Any] = {"seed": event.seed, "profile": event.profile, "donor": donor}
         large = max(wholes, key=np.count_nonzero)
         hole = soft_hole(large)
         near = (hole > 0) & (matter >= GRAY)  # a lesion ends where CSF begins
@@ -247,11 +264,11 @@ class _Scene:
                 continue
             context, _ = crop(scan.healthy, centre, side)
             if id(scan) not in painted:  # the same for both visits where they are edited from one scan
-                painted[id(scan)] = painter.paint(context, large, seed=event.seed)
+                painted[id(scan)] = painter.paint(context, large, **look)
             shown = painted[id(scan)]
             lost = large & ~whole
             if lost.any():  # painted anew near its smaller border only: farther inside both visits are equal
-                smaller = painter.paint(context, whole, seed=event.seed)
+                smaller = painter.paint(context, whole, **look)
                 shown = _mix(shown, smaller, soft_hole(lost) / np.maximum(hole, 1e-6))
             visit[mine] = np.where(near[theirs], shown[theirs], visit[mine])
 
@@ -274,8 +291,11 @@ def _mix(a: NDArray, b: NDArray, share: NDArray) -> NDArray[np.float32]:
     return np.where(share == 1, b, a + share * (b - a))
 
 
-@lru_cache(maxsize=1)
-def _shipped_painter() -> Painter:
+@lru_cache(maxsize=3)
+def painter_of(name: str) -> Painter:
+    """Return the painter of that name, the network with the shipped weights."""
+    if name != "network":
+        return CopyPainter() if name == "copypaste" else EllipsoidPainter()
     from synthlong.networks import default_precision
     from synthlong.painting import LesionPainter
 

@@ -19,7 +19,16 @@ from synthlong.errors import InputError
 from synthlong.lesions import SMALLEST_EVENT_MM3, LesionBank, Shape, grown
 from synthlong.tissue import GRAY, WHITE
 
-__all__ = ["PlacementMap", "Site", "allowed_of", "draw_site", "find_placements", "site_mask", "tissue_weight"]
+__all__ = [
+    "PlacementMap",
+    "Site",
+    "allowed_of",
+    "draw_site",
+    "find_placements",
+    "shape_at",
+    "site_mask",
+    "tissue_weight",
+]
 
 _LOG_VOLUME_SD = 0.2
 _DISTANCE_SD_MM = 15.0
@@ -151,13 +160,18 @@ def site_mask(site: Site, bank: LesionBank, allowed: NDArray[np.bool_]) -> tuple
     Returns:
         bool array within a box of the case's grid, and that box.
     """
-    shape: Shape = bank[site.shape]
-    voxels = (shape.mirrored() if site.mirrored else shape).voxels
-    depth = ndimage.distance_transform_edt(np.pad(voxels, 1))[1:-1, 1:-1, 1:-1]
-    anchor = np.unravel_index(int(depth.argmax()), voxels.shape)
-    start = [int(c - a) for c, a in zip(site.centre, anchor, strict=True)]
+    voxels, start = shape_at(site, bank)
     box = tuple(slice(max(s, 0), min(s + n, m)) for s, n, m in zip(start, voxels.shape, allowed.shape, strict=True))
     inner = tuple(slice(b.start - s, b.stop - s) for b, s in zip(box, start, strict=True))
     parts, _ = ndimage.label(voxels[inner] & allowed[box], np.ones((3, 3, 3), bool))
     own = parts[tuple(c - b.start for c, b in zip(site.centre, box, strict=True))]
     return (parts == own) & (own > 0), box
+
+
+def shape_at(site: Site, bank: LesionBank) -> tuple[NDArray[np.bool_], list[int]]:
+    """Return a placed shape, not cut off, and where on the case's grid its first voxel lies."""
+    shape: Shape = bank[site.shape]
+    voxels = (shape.mirrored() if site.mirrored else shape).voxels
+    depth = ndimage.distance_transform_edt(np.pad(voxels, 1))[1:-1, 1:-1, 1:-1]
+    anchor = np.unravel_index(int(depth.argmax()), voxels.shape)
+    return voxels, [int(c - a) for c, a in zip(site.centre, anchor, strict=True)]

@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 
 from synthlong.atlas import lesion_prior, sample_map
 from synthlong.case import Case
+from synthlong.comparison import shapes_for
 from synthlong.errors import ConfigError
 from synthlong.hole import grown_box
 from synthlong.lesions import SMALLEST_EVENT_MM3, LesionBank, LesionMap, core, find_lesions, grown, read_bank
 from synthlong.placement import PlacementMap, Site, allowed_of, draw_site, find_placements
+from synthlong.profile import Profile, draw_profile, profiles_in, typical
 from synthlong.synthesis import SynthesisConfig
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ __all__ = ["Artifacts", "Box", "LesionEvent", "Orientation", "Recipe", "draw_rec
 
 VERSION = 1
 _PLACEMENT_TRIES = 20
+_FEWEST_PROFILES = 8
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class LesionEvent:
         lesion: Number of the real lesion.
         site: Place and shape of the synthetic one.
         seed: Seed of the synthetic one's noise.
+        profile: The synthetic one's contrast by depth; see `profile`.
     """
 
     source: Literal["real", "synthetic"]
@@ -55,6 +59,7 @@ class LesionEvent:
     lesion: int | None = None
     site: Site | None = None
     seed: int | None = None
+    profile: Profile | None = None
 
     @property
     def kind(self) -> str:
@@ -72,8 +77,9 @@ class LesionEvent:
         if self.source == "real":
             return {"lesion": self.lesion, **plain}
         assert self.site is not None
+        assert self.profile is not None
         shape = {"shape": self.site.shape, "mirrored": self.site.mirrored, "centre": list(self.site.centre)}
-        return {**shape, "seed": self.seed, **plain}
+        return {**shape, "seed": self.seed, "profile": list(self.profile.row), **plain}
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> LesionEvent:
@@ -84,7 +90,8 @@ class LesionEvent:
         if "lesion" in plain:
             return cls("real", lesion=plain["lesion"], **common)
         i, j, k = plain["centre"]
-        return cls("synthetic", site=Site(plain["shape"], plain["mirrored"], (i, j, k)), seed=plain["seed"], **common)
+        site, profile = Site(plain["shape"], plain["mirrored"], (i, j, k)), Profile.from_row(plain["profile"])
+        return cls("synthetic", site=site, seed=plain["seed"], profile=profile, **common)
 
 
 @dataclass(frozen=True)
@@ -170,6 +177,7 @@ class Recipe:
         origin_mm: MNI coordinates of the case's first voxel; its grid is RAS+ at 1 mm.
         max_event_mm3: Limit at which real lesions were split, which their numbers depend on.
         margin: Voxels kept free around real lesions, where synthetic ones are cut off.
+        painter: Of the synthetic lesions; see `SynthesisConfig`. Its shapes are those that the sites count.
         artifacts: Acquisition artifacts of each visit.
         version: Of this format.
     """
@@ -182,6 +190,7 @@ class Recipe:
     origin_mm: tuple[float, float, float] = (-91.0, -126.0, -72.0)
     max_event_mm3: float = 3000.0
     margin: int = 5
+    painter: str = "network"
     artifacts: Artifacts = Artifacts()
     version: int = field(default=VERSION)
 
@@ -202,6 +211,7 @@ class Recipe:
             "margin": self.margin,
             "max_event_mm3": self.max_event_mm3,
             "origin_mm": list(self.origin_mm),
+            "painter": self.painter,
             "orientation": {"axes": list(self.orientation.axes), "flips": list(self.orientation.flips)},
             "scaling": [list(s) for s in self.scaling],
             "version": self.version,
@@ -230,6 +240,7 @@ class Recipe:
                 origin_mm=(plain["origin_mm"][0], plain["origin_mm"][1], plain["origin_mm"][2]),
                 max_event_mm3=plain["max_event_mm3"],
                 margin=plain["margin"],
+                painter=plain["painter"],
                 artifacts=Artifacts.from_dict(plain["artifacts"]),
                 version=plain["version"],
             )
@@ -248,6 +259,15 @@ def lesions_of(case: Case, max_event_mm3: float) -> LesionMap:
     key = ("lesions", float(max_event_mm3))
     if key not in case.derived:
         case.derived[key] = find_lesions(case.lesions, max_event_mm3=max_event_mm3)
+    return case.derived[key]
+
+
+def profiles_of(case: Case, max_event_mm3: float) -> NDArray[np.float32]:
+    """Return the profiles of the case's typical lesions, worked out once; see `profile`."""
+    key = ("profiles", float(max_event_mm3))
+    if key not in case.derived:
+        lesions = lesions_of(case, max_event_mm3)
+        case.derived[key] = profiles_in(case.flair, lesions)[typical(lesions)]
     return case.derived[key]
 
 
@@ -287,6 +307,7 @@ def draw_recipe(case: Case, config: SynthesisConfig, rng: np.random.Generator) -
         origin_mm=(float(case.affine[0, 3]), float(case.affine[1, 3]), float(case.affine[2, 3])),
         max_event_mm3=float(config.max_event_mm3),
         margin=config.margin,
+        painter=config.painter,
         artifacts=_draw_artifacts(rng, config),
     )
 
@@ -351,6 +372,10 @@ def _draw_synthetic(
     if not any(wanted.values()):
         return []
     places = placements_of(case, config)
+    profiles = profiles_of(case, config.max_event_mm3)
+    if len(profiles) < _FEWEST_PROFILES:
+        profiles = np.concatenate([profiles, bank.profiles])
+    bank = shapes_for(config.painter, case, lesions_of(case, config.max_event_mm3), bank)
     allowed = allowed_of(case, config.margin)
     taken = np.zeros(allowed.shape, bool)
     drawn: list[tuple[LesionEvent, _Placed]] = []
@@ -367,7 +392,8 @@ def _draw_synthetic(
         site, mask, box = found
         voxels = (int(core(mask, at[0]).sum()), int(core(mask, at[1]).sum()))
         seed = int(rng.integers(2**31))
-        drawn.append((LesionEvent("synthetic", *at, voxels, site=site, seed=seed), (mask, box)))
+        profile = draw_profile(rng, profiles, volume_mm3=float(mask.sum()))
+        drawn.append((LesionEvent("synthetic", *at, voxels, site=site, seed=seed, profile=profile), (mask, box)))
         _take(taken, mask, box, config.margin)
     return drawn
 

@@ -44,7 +44,8 @@ class SynthesisConfig:
         lesion_bank: Lesion bank (.npz); default: the shipped one.
         inpainter: Weights; default: the shipped ones.
         generator: Weights; default: the shipped ones.
-        painter: How synthetic lesions are made: "network".
+        painter: How synthetic lesions are made: "network", or to compare with it "copypaste" (real lesions of the
+            case, pasted elsewhere) or "ellipsoid" (evenly bright).
         precision: Of the networks: "bf16", "float32", or "auto": bf16 where the processor computes it
             natively.
         device: Torch device of the networks.
@@ -74,7 +75,7 @@ class SynthesisConfig:
     lesion_bank: str | None = None
     inpainter: str | None = None
     generator: str | None = None
-    painter: Literal["network"] = "network"
+    painter: Literal["network", "copypaste", "ellipsoid"] = "network"
     precision: Literal["auto", "bf16", "float32"] = "auto"
     device: str = "cpu"
     compression: Literal["blosc-lz4", "none"] = "blosc-lz4"
@@ -98,7 +99,8 @@ class SynthesisConfig:
         artifacts = ("mild", "kamraoui", "none", "before_editing")
         _check(self, ("artifacts",), lambda v: v in artifacts, "mild, kamraoui, none or before_editing")
         _check(self, ("orientations",), lambda v: v in ("all", "mirror", "none"), "all, mirror or none")
-        _check(self, ("painter",), lambda v: v == "network", "network")
+        painters = ("network", "copypaste", "ellipsoid")
+        _check(self, ("painter",), lambda v: v in painters, "network, copypaste or ellipsoid")
         _check(self, ("precision",), lambda v: v in ("auto", "bf16", "float32"), "auto, bf16 or float32")
         _check(self, ("compression",), lambda v: v in ("blosc-lz4", "none"), "blosc-lz4 or none")
 

@@ -7,7 +7,7 @@ neighbour correlation of the tissue around, as much of it as the fill lacks at e
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,19 +15,38 @@ from scipy import ndimage
 
 from synthlong.hole import FLUID
 
-__all__ = ["Texture", "roughen", "texture_of"]
+__all__ = ["Texture", "mottle", "roughen", "texture_of"]
 
 _SMOOTH, _AROUND = 1.5, 1.5
 _FEWEST = 500
+_COARSE = 1.2
+_SKEW = 0.25
 _WIDTHS = np.concatenate([[0.0], np.linspace(0.3, 3, 55)])
 
 
 @cache
-def _correlations() -> NDArray[np.float64]:
-    """Return the neighbour correlation of white noise under a sampled Gaussian of each of `_WIDTHS`."""
-    at = np.arange(-12, 13)
-    kernels = [np.exp(-0.5 * (at / w) ** 2) if w else (at == 0).astype(float) for w in _WIDTHS]
-    return np.array([(k[1:] * k[:-1]).sum() / (k**2).sum() for k in kernels])
+def _overlaps() -> NDArray[np.float64]:
+    """Return products of kernels with themselves along an axis, at lags 0 and 1, `(2, 3, len(_WIDTHS))`.
+
+    White noise under a Gaussian of each of `_WIDTHS`, less the same under another Gaussian of `_SMOOTH`, has the
+    autocorrelation `first - 2 * second + third`, each a product over the axes.
+    """
+    at = np.arange(-16, 17)
+
+    def gaussian(width: float) -> NDArray[np.float64]:
+        kernel = np.exp(-0.5 * (at / width) ** 2) if width else (at == 0).astype(float)
+        return kernel / kernel.sum()
+
+    found = np.empty((2, 3, len(_WIDTHS)))
+    for n, width in enumerate(_WIDTHS):
+        plain = gaussian(width)
+        smooth = np.convolve(plain, gaussian(_SMOOTH), mode="same")
+        for m, (one, other) in enumerate(((plain, plain), (plain, smooth), (smooth, smooth))):
+            found[:, m, n] = one @ other, (one[1:] @ other[:-1] + one[:-1] @ other[1:]) / 2
+    return found
+
+
+_SIGNS = np.array([1.0, -2.0, 1.0])
 
 
 @dataclass(frozen=True)
@@ -35,19 +54,42 @@ class Texture:
     """Grain of a scan's tissue.
 
     Args:
-        sd: Standard deviation about the local mean, brain mode 1.
-        correlation: Between neighbours along each axis, in [0, 1).
+        sd: Standard deviation about the local mean (a Gaussian of SD 1.5 voxels), brain mode 1.
+        correlation: Of that between neighbours along each axis, in [0, 1).
     """
 
     sd: float
     correlation: tuple[float, float, float]
 
+    @cached_property
+    def widths(self) -> tuple[float, float, float]:
+        """SD of the Gaussians under which white noise has this correlation about its local mean."""
+        table = _overlaps()
+        at = [int(np.argmin(np.abs(_WIDTHS - 0.6)))] * 3
+        for _ in range(6):
+            for axis in range(3):
+                others = [table[0, :, at[a]] for a in range(3) if a != axis]
+                beside = _SIGNS * others[0] * others[1]
+                correlation = (beside @ table[1]) / (beside @ table[0])
+                at[axis] = int(np.argmin(np.abs(correlation - self.correlation[axis])))
+        return float(_WIDTHS[at[0]]), float(_WIDTHS[at[1]]), float(_WIDTHS[at[2]])
+
+    @property
+    def whole_sd(self) -> float:
+        """Standard deviation of such noise, not only about its local mean."""
+        return self.sd / max(self.share, 1e-6)
+
+    @cached_property
+    def share(self) -> float:
+        """SD about the local mean of such noise whose whole SD is 1."""
+        products = np.prod([_overlaps()[0, :, np.searchsorted(_WIDTHS, w)] for w in self.widths], axis=0)
+        return float(np.sqrt((_SIGNS @ products) / products[0]))
+
     def noise(self, shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:
-        """Return white noise under Gaussians as wide as give this correlation, SD 1."""
+        """Return noise of this correlation, its SD about the local mean 1."""
         white = np.random.default_rng(np.random.SeedSequence(seed)).standard_normal(shape, np.float32)
-        widths = np.interp(self.correlation, _correlations(), _WIDTHS)
-        grain = ndimage.gaussian_filter(white, widths, mode="wrap")
-        return grain / np.float32(max(float(grain.std()), 1e-6))
+        grain = ndimage.gaussian_filter(white, self.widths, mode="wrap")
+        return grain / np.float32(max(float(grain.std()) * self.share, 1e-6))
 
 
 def texture_of(x: NDArray, leave_out: NDArray) -> Texture:
@@ -82,8 +124,38 @@ def roughen(x: NDArray[np.float32], weight: NDArray, texture: Texture, *, seed: 
         texture: Of the tissue around.
         seed: Seed of the noise.
     """
-    rest = x - ndimage.gaussian_filter(x, _SMOOTH)
-    there = ndimage.gaussian_filter(rest**2, _AROUND)
+    there = ndimage.gaussian_filter((x - ndimage.gaussian_filter(x, _SMOOTH)) ** 2, _AROUND)
     lacking = np.sqrt(np.maximum(texture.sd**2 - there, 0))
-    rough = np.maximum(x + weight * lacking * texture.noise(x.shape, seed), 0)
-    return np.where(weight > 0, rough, x).astype(np.float32, copy=False)
+    return _added(x, weight, lacking * texture.noise(x.shape, seed))
+
+
+def mottle(
+    x: NDArray[np.float32], weight: NDArray, texture: Texture, *, spread: NDArray, there: NDArray, seed: int
+) -> NDArray[np.float32]:
+    """Return an image with a lesion's unevenness in its hole, as strong as is asked for at each voxel.
+
+    No more of it than the tissue has is grain, the rest is coarser (white noise under a Gaussian of at least 1.2
+    voxels). Both are skewed as a log-normal of SD 0.25: real lesions have more bright spots than dark ones.
+
+    Args:
+        x: Image with a smooth lesion, shape `(I, J, K)`.
+        weight: The hole, in [0, 1]; where it is 0 the image stays bit for bit.
+        texture: Of the tissue around.
+        spread: SD of the lesion about its profile, at each voxel.
+        there: What the smooth lesion differs by from its profile.
+        seed: Seed of the noise.
+    """
+    lacking = np.maximum(spread**2 - ndimage.gaussian_filter(there**2, _AROUND), 0)
+    fine = np.minimum(lacking, texture.whole_sd**2)
+    white = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,))).standard_normal(x.shape, np.float32)
+    coarse = ndimage.gaussian_filter(white, np.maximum(texture.widths, _COARSE), mode="wrap")
+    share = np.sqrt(fine / np.maximum(lacking, 1e-9))
+    even = share * texture.share * texture.noise(x.shape, seed) + np.sqrt(1 - share**2) * coarse / coarse.std()
+    skewed = (np.exp(_SKEW * even - 0.5 * _SKEW**2) - 1) / np.sqrt(np.expm1(_SKEW**2))
+    return _added(x, weight, np.sqrt(lacking) * skewed)
+
+
+def _added(x: NDArray[np.float32], weight: NDArray, grain: NDArray) -> NDArray[np.float32]:
+    """Return an image with grain in its hole; at the soft edge as much as the tissue's own grain has faded by."""
+    faded = np.sqrt(weight * (2 - weight))
+    return np.where(weight > 0, np.maximum(x + faded * grain, 0), x).astype(np.float32, copy=False)

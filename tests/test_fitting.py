@@ -121,7 +121,7 @@ def test_a_damaged_checkpoint_is_refused(train, monkeypatch, tmp_path, keep):
 
 
 def test_a_loss_that_is_not_finite_stops(train, monkeypatch):
-    monkeypatch.setattr(fitting, "_mse", lambda *_: torch.tensor(float("nan"), requires_grad=True))
+    monkeypatch.setattr(fitting, "_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True))
     with pytest.raises(InputError, match="not finite at step 0"):
         train("w")
 
@@ -138,6 +138,7 @@ def test_a_loss_that_is_not_finite_stops(train, monkeypatch):
         {"report_every": 0},
         {"seed": -1},
         {"precision": "fp16"},
+        {"loss": "l3"},
     ],
 )
 def test_impossible_settings_are_refused(wrong):

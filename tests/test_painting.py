@@ -5,11 +5,13 @@ import pytest
 import torch
 
 from synthlong.errors import InputError
-from synthlong.hole import soft_hole
+from synthlong.hole import first_guess, hole_in, soft_hole
 from synthlong.networks import UNet, UNetConfig
-from synthlong.painting import LesionPainter, LesionSampler
+from synthlong.painting import LesionPainter, LesionSampler, raised_by_own
+from synthlong.profile import Profile
 from synthlong.weights import write_weights
 
+PROFILE = Profile((0.0, 0.1, 0.4, 0.5, 0.6), (0.05,) * 5)
 CONFIG = UNetConfig(in_channels=3, out_channels=1, widths=(8, 16))
 
 
@@ -34,23 +36,23 @@ def test_paint_changes_the_lesion_alone(small_case, precision):
     x = small_case.healthy[4:36, 4:36, 4:36].copy()
     mask = small_case.lesions[4:36, 4:36, 4:36].copy()
     before = x.copy()
-    painted = painter.paint(x, mask, seed=4)
+    painted = painter.paint(x, mask, seed=4, profile=PROFILE)
     assert painted.dtype == np.float32
     hole = soft_hole(mask) > 0
     assert np.array_equal(painted[~hole], x[~hole])
     assert (painted[mask == 1] != x[mask == 1]).mean() > 0.9
     assert (painted >= 0).all()
     assert np.array_equal(x, before)
-    assert np.array_equal(painted, painter.paint(x, mask, seed=4))
-    assert not np.array_equal(painted, painter.paint(x, mask, seed=5))
+    assert np.array_equal(painted, painter.paint(x, mask, seed=4, profile=PROFILE))
+    assert not np.array_equal(painted, painter.paint(x, mask, seed=5, profile=PROFILE))
 
 
 def test_paint_leaves_the_background_and_empty_masks_alone(small_case):
     painter = LesionPainter(network(), sha256="none")
     mask = np.zeros((40, 40, 40), np.uint8)
-    assert np.array_equal(painter.paint(small_case.healthy, mask, seed=0), small_case.healthy)
+    assert np.array_equal(painter.paint(small_case.healthy, mask, seed=0, profile=PROFILE), small_case.healthy)
     mask[20, 20, 34:38] = 1
-    painted = painter.paint(small_case.healthy, mask, seed=0)
+    painted = painter.paint(small_case.healthy, mask, seed=0, profile=PROFILE)
     assert np.array_equal(painted == 0, small_case.healthy == 0)
 
 
@@ -62,7 +64,9 @@ def test_read(tmp_path):
     x, mask = np.ones((16, 16, 16), np.float32), np.zeros((16, 16, 16))
     mask[7:9, 7:9, 7:9] = 1
     direct = LesionPainter(network(), sha256)
-    assert np.array_equal(painter.paint(x, mask, seed=1), direct.paint(x, mask, seed=1))
+    assert np.array_equal(
+        painter.paint(x, mask, seed=1, profile=PROFILE), direct.paint(x, mask, seed=1, profile=PROFILE)
+    )
     write_weights(path, network(), task="inpainter", card={})
     with pytest.raises(InputError, match="of the inpainter"):
         LesionPainter.read(path)
@@ -92,6 +96,22 @@ def test_lesion_samples_vary_but_repeat(small_case):
         assert getattr(first, name).dtype == np.float32
     assert not np.array_equal(first.target, other.target)
     assert (first.target[first.weight > 0] > 0).all()
+
+
+def test_the_first_guess_of_a_sample_has_each_lesions_own_contrast(small_case):
+    x = small_case.healthy.copy()
+    x[small_case.lesions > 0] += 0.3
+    half = (np.indices(x.shape)[0] > 24) & (small_case.lesions > 0)
+    x[half] += 0.3
+    labels = small_case.lesions + half
+    weight = hole_in(x, labels)
+    plain = first_guess(x, weight)
+    guess = raised_by_own(x, plain, labels, weight)
+    assert np.array_equal(guess[weight == 0], plain[weight == 0])
+    for number, contrast in ((1, 0.3), (2, 0.6)):
+        there = labels == number
+        assert (guess - plain)[there].mean() == pytest.approx((x - plain)[there].mean(), abs=0.01)
+        assert (guess - small_case.healthy)[there].mean() == pytest.approx(contrast, abs=0.05)
 
 
 def test_no_lesions_to_learn_from(small_case):

@@ -25,7 +25,7 @@ MASKS = ("new_lesions", "evolution", "lesions_baseline", "lesions_followup")
 class Brush:
     """Paints noise around 1.6; what it paints depends on all that a painter is given."""
 
-    def paint(self, x, mask, *, seed):
+    def paint(self, x, mask, *, seed, profile, donor=None):
         white = np.random.default_rng(seed).normal(1.6, 0.1, x.shape)
         weight = soft_hole(mask) * (x > 0)
         bright = white + 0.01 * np.cbrt(np.count_nonzero(mask)) + x.mean()
@@ -35,8 +35,8 @@ class Brush:
 class Dirt(Brush):
     """A painter that does not keep to its mask."""
 
-    def paint(self, x, mask, *, seed):
-        return super().paint(x, mask, seed=seed) + np.float32(0.5)
+    def paint(self, x, mask, *, seed, profile, donor=None):
+        return super().paint(x, mask, seed=seed, profile=profile) + np.float32(0.5)
 
 
 def rendered(case, recipe, **options):

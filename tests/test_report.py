@@ -17,6 +17,7 @@ from synthlong.dataset.plan import adopt_plan, make_plan
 from synthlong.dataset.shards import Sample, write_index, write_shard
 from synthlong.errors import ConfigError, InputError
 from synthlong.placement import Site
+from synthlong.profile import Profile
 from synthlong.recipe import Box, LesionEvent, Orientation, Recipe
 from synthlong.report import _changes, _chosen, _data_uri, write_report
 from synthlong.synthesis import SynthesisConfig
@@ -26,6 +27,8 @@ TURN = Orientation((2, 0, 1), (True, False, True))
 BRAIN = np.random.default_rng(0).normal(1, 0.05, (SIDE,) * 3).astype(np.float32)
 Cube = tuple[slice, ...]
 
+PROFILE = Profile((0.0, 0.1, 0.3, 0.3, 0.3), (0.05,) * 5)
+
 
 def cube(*corner: int, side: int = 3) -> Cube:
     return tuple(slice(c, c + side) for c in corner)
@@ -33,7 +36,7 @@ def cube(*corner: int, side: int = 3) -> Cube:
 
 def synthetic(before: float, after: float, centre: tuple[int, int, int], voxels: tuple[int, int]) -> LesionEvent:
     i, j, k = (c + s for c, s in zip(centre, START, strict=True))
-    return LesionEvent("synthetic", before, after, voxels, site=Site(0, False, (i, j, k)), seed=1)
+    return LesionEvent("synthetic", before, after, voxels, site=Site(0, False, (i, j, k)), seed=1, profile=PROFILE)
 
 
 NEW = synthetic(0, 1, (3, 3, 3), (0, 27))
@@ -253,8 +256,8 @@ def test_centres_follow_the_case_s_own_grid(tmp_path: Path) -> None:
     """An MNI position is the same dot whichever grid the case has; one off the map is left out."""
     base = Recipe("a", Box(START, SIDE, "event"), (NEW,))
     i, j, k = NEW.site.centre  # type: ignore[union-attr]
-    shifted = LesionEvent("synthetic", 0, 1, (0, 27), site=Site(0, False, (i - 10, j, k)), seed=1)
-    far = LesionEvent("synthetic", 0, 1, (0, 27), site=Site(0, False, (i + 500, j, k)), seed=1)
+    shifted = LesionEvent("synthetic", 0, 1, (0, 27), site=Site(0, False, (i - 10, j, k)), seed=1, profile=PROFILE)
+    far = LesionEvent("synthetic", 0, 1, (0, 27), site=Site(0, False, (i + 500, j, k)), seed=1, profile=PROFILE)
     texts = []
     for name, events, origin in (("a", (NEW,), -91.0), ("b", (shifted, far), -81.0)):
         recipe = Recipe("a", base.box, events, origin_mm=(origin, -126.0, -72.0)).to_json()

@@ -172,6 +172,16 @@ def test_replay_gives_the_pair_again(run):
         replay(run, 7)
 
 
+@pytest.mark.parametrize("painter", ["copypaste", "ellipsoid"])
+def test_a_run_of_a_plain_painter(manifest, tmp_path, painter):
+    config = SynthesisConfig(box=32, new_mean=4.0, with_new_lesions=1, real_share=0, painter=painter)
+    generate(manifest, tmp_path / "run", workers=1, pairs=2, seed=3, config=config)
+    recipes = [Recipe.from_json(ShardDataset(tmp_path / "run")[k]["recipe"]) for k in range(2)]
+    assert {r.painter for r in recipes} == {painter}
+    for k in range(2):
+        assert replay(tmp_path / "run", k).new_lesions.any()
+
+
 def test_replay_notices_a_pair_that_differs(run, monkeypatch):
     from synthlong.dataset import replay as module
     from synthlong.errors import SynthlongError

@@ -17,7 +17,7 @@ CONFIG = SynthesisConfig(box=24, with_new_lesions=1.0, new_mean=4.0)
 class Bright:
     """A painter without a network."""
 
-    def paint(self, x, mask, *, seed):
+    def paint(self, x, mask, *, seed, profile, donor=None):
         return np.where(mask, 1.5, x).astype(np.float32)
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from synthlong.texture import Texture, roughen, texture_of
+from synthlong.texture import Texture, mottle, roughen, texture_of
 
 
 def grainy(shape, sd, widths, seed):
@@ -17,11 +17,13 @@ def neighbours(x, axis):
     return float((np.take(x, range(n - 1), axis) * np.take(x, range(1, n), axis)).mean() / (x**2).mean())
 
 
-@pytest.mark.parametrize("correlation", [(0.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.8, 0.6, 0.9)])
+@pytest.mark.parametrize("correlation", [(0.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.7, 0.6, 0.85)])
 def test_noise_has_the_correlation_asked_for(correlation):
     noise = Texture(0.1, correlation).noise((64, 64, 64), seed=1)
-    assert noise.std() == pytest.approx(1, abs=0.01)
-    assert [neighbours(noise, a) for a in range(3)] == pytest.approx(correlation, abs=0.06)
+    rest = noise - ndimage.gaussian_filter(noise, 1.5)
+    assert rest.std() == pytest.approx(1, abs=0.02)
+    assert noise.std() == pytest.approx(Texture(1.0, correlation).whole_sd, rel=0.02)
+    assert [neighbours(rest, a) for a in range(3)] == pytest.approx(correlation, abs=0.06)
     assert np.array_equal(noise, Texture(0.1, correlation).noise((64, 64, 64), seed=1))
     assert not np.array_equal(noise, Texture(0.1, correlation).noise((64, 64, 64), seed=2))
 
@@ -59,3 +61,31 @@ def test_roughen_adds_little_to_what_is_rough_already():
     x = grainy((40, 40, 40), 0.06, (0.6, 0.6, 0.6), seed=5)
     added = roughen(x, np.ones_like(x), texture_of(x, np.zeros_like(x)), seed=6) - x
     assert added.std() < 0.025
+
+
+def test_mottle_is_as_strong_as_asked_for():
+    x = np.full((40, 40, 40), 2, np.float32)
+    weight = np.ones_like(x)
+    weight[:, :4] = 0
+    spread = np.full_like(x, 0.1)
+    spread[20:] = 0.2
+    texture = Texture(0.05, (0.6, 0.6, 0.6))
+    uneven = mottle(x, weight, texture, spread=spread, there=np.zeros_like(x), seed=1) - x
+    assert not uneven[:, :4].any()
+    assert uneven[:20, 4:].std() == pytest.approx(0.1, rel=0.1)
+    assert uneven[20:, 4:].std() == pytest.approx(0.2, rel=0.1)
+    there = np.random.default_rng(0).normal(0, 0.08, x.shape)
+    less = mottle(x, weight, texture, spread=spread, there=there, seed=1) - x
+    assert less[:20, 4:].std() == pytest.approx(np.sqrt(0.1**2 - 0.08**2), rel=0.15)
+    assert np.array_equal(mottle(x, weight, texture, spread=0 * spread, there=there, seed=1), x)
+
+
+def test_grain_fills_up_what_has_faded_at_a_soft_edge():
+    x = np.full((64, 24, 24), 1, np.float32)
+    weight = np.broadcast_to(np.linspace(0, 1, 64, dtype=np.float32)[:, None, None], x.shape)
+    texture = Texture(0.05, (0.5, 0.5, 0.5))
+    spread = np.full_like(x, 0.1)
+    own = 1 - weight
+    grain = mottle(x, weight, texture, spread=spread, there=np.zeros_like(x), seed=2) - x
+    total = np.sqrt(grain.std(axis=(1, 2)) ** 2 + (0.1 * own[:, 0, 0]) ** 2)
+    assert total == pytest.approx(np.full(64, 0.1), rel=0.3)

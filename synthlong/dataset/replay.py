@@ -50,7 +50,7 @@ def replay(
     stored = dataset[number]
     recipe = Recipe.from_json(stored["recipe"])
     drawn = SynthesisConfig.from_dict({k: v for k, v in plan["config"].items() if v is not None})
-    config = replace(config, precision=drawn.precision, device=drawn.device) if config else drawn
+    config = replace(config, precision=drawn.precision, device=drawn.device, painter=drawn.painter) if config else drawn
     source = source or source_of(run, plan)
     files = {f.subject: f for f in find_cases(source)}.get(recipe.case_id)
     if files is None:

@@ -32,7 +32,7 @@ from synthlong.lesions import LesionBank, read_bank
 from synthlong.manifest import CaseFiles, find_cases
 from synthlong.networks import check_device, default_precision
 from synthlong.painting import LesionPainter
-from synthlong.pair import Pair, render
+from synthlong.pair import Painter, Pair, painter_of, render
 from synthlong.recipe import draw_recipe, rng_of
 from synthlong.synthesis import SynthesisConfig
 
@@ -147,18 +147,16 @@ def _processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def synthesis_of(config: SynthesisConfig) -> tuple[Inpainter, LesionPainter, LesionBank]:
-    """Return the networks and the lesion bank that a config names."""
+def synthesis_of(config: SynthesisConfig) -> tuple[Inpainter, Painter, LesionBank]:
+    """Return the inpainter, the painter and the lesion bank that a config names."""
 
     def path(name: str | None) -> Path | None:
         return Path(name) if name else None
 
     common: dict[str, Any] = {"precision": config.precision, "device": config.device}
-    return (
-        Inpainter.read(path(config.inpainter), **common),
-        LesionPainter.read(path(config.generator), **common),
-        read_bank(path(config.lesion_bank)),
-    )
+    network = config.painter == "network"
+    painter = LesionPainter.read(path(config.generator), **common) if network else painter_of(config.painter)
+    return Inpainter.read(path(config.inpainter), **common), painter, read_bank(path(config.lesion_bank))
 
 
 def _case_record(files: CaseFiles, sources: dict[str, str]) -> dict[str, Any]:
@@ -335,5 +333,5 @@ def _opened(folder: Path, config: SynthesisConfig) -> Case:
 
 
 @lru_cache(maxsize=1)
-def _synthesis(config: SynthesisConfig) -> tuple[Inpainter, LesionPainter, LesionBank]:
+def _synthesis(config: SynthesisConfig) -> tuple[Inpainter, Painter, LesionBank]:
     return synthesis_of(config)

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from synthlong.case import Case
-from synthlong.lesions import LesionMap
+from synthlong.comparison import shapes_for
+from synthlong.lesions import LesionMap, read_bank
 from synthlong.placement import PlacementMap, allowed_of
-from synthlong.recipe import bounds_of, lesions_of, placements_of, scaling_of
+from synthlong.recipe import bounds_of, lesions_of, placements_of, profiles_of, scaling_of
 from synthlong.synthesis import SynthesisConfig
 
 __all__ = ["open_case", "store_case", "stored_stamp"]
@@ -34,11 +35,14 @@ def store_case(folder: Path, case: Case, config: SynthesisConfig, *, stamp: dict
         stamp: What the result depends on; `stored_stamp` gives it back.
     """
     lesions, places = lesions_of(case, config.max_event_mm3), placements_of(case, config)
+    if config.painter == "copypaste":
+        shapes_for(config.painter, case, lesions, read_bank())  # no case without a lesion to copy
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     arrays = {name: getattr(case, name) for name in _ARRAYS}
     arrays |= {"labels": lesions.labels, "volumes_mm3": lesions.volumes_mm3, "mutable": lesions.mutable}
+    arrays["profiles"] = profiles_of(case, config.max_event_mm3)
     arrays |= {"allowed": allowed_of(case, config.margin), "voxels": places.voxels, "cumulative": places.cumulative}
     for name, array in arrays.items():
         np.save(unfinished / f"{name}.npy", np.ascontiguousarray(array), allow_pickle=False)
@@ -91,6 +95,7 @@ def open_case(folder: Path, config: SynthesisConfig) -> Case:
     case.derived["bounds"] = (np.array(first), np.array(last))
     case.derived["scaling"] = tuple(plain["scaling"])
     case.derived["lesions", float(config.max_event_mm3)] = lesions
+    case.derived["profiles", float(config.max_event_mm3)] = np.array(array("profiles"))
     case.derived["allowed", config.margin] = array("allowed")
     key = ("placements", config.prior, config.gray_matter, config.margin)
     case.derived[key] = PlacementMap(array("voxels"), array("cumulative"))

@@ -1,0 +1,1 @@
+"""How real the synthesis is, measured on patients that its weights have not seen."""
