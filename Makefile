@@ -8,13 +8,13 @@ demo: .venv/.runtime  ## the main job on the bundled scans
 	$(BIN)/synthlong demo -o demo
 
 test: .venv/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 check: .venv/.dev  ## what CI runs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 bench: .venv/.dev
 	$(BIN)/python benchmarks/generate.py

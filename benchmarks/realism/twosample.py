@@ -30,7 +30,7 @@ Scores = Callable[[list[Patch], NDArray, list[Patch]], NDArray]
 
 
 def two_sample(real: list[Patch], made: list[Patch], classifier: str) -> tuple[float, float, float]:
-    """Return the AUC and its interval."""
+    """Return the AUC and its interval; not a number with fewer than two patients."""
     patches, truth = real + made, np.repeat([0, 1], [len(real), len(made)])
     owners = np.array([p.patient for p in patches])
     scored = []
@@ -39,6 +39,8 @@ def two_sample(real: list[Patch], made: list[Patch], classifier: str) -> tuple[f
         if len(set(truth[test])) == len(set(truth[train])) == 2:
             scores = CLASSIFIERS[classifier]([patches[n] for n in train], truth[train], [patches[n] for n in test])
             scored.append((truth[test], scores))
+    if not scored:
+        return np.nan, np.nan, np.nan
     rng = np.random.default_rng(0)
     drawn = [_averaged([_resampled(rng, *s) for s in scored]) for _ in range(_RESAMPLED)]
     low, high = np.quantile(drawn, [0.025, 0.975])
