@@ -148,9 +148,9 @@ listed, but not counted), and both of its transforms change the image in place. 
 `x + (x - blur(x))` with their blur. MONAI's mean is `ImageFilter` with a (1, 1, 3) box; its bias field is a sum of
 Legendre polynomials of the same order; its spike replaces one coefficient, at a fixed place.
 
-What limits ours on the patch: the check for NaN and infinity (0.015 ms) and the pages of a new image, which cost several
-times a warm copy's 0.03 ms after a peer has used the memory; so a call by itself, its caches warm, takes about two thirds
-of the time given. Blur: its taps are summed in groups of four, so an SD of 1 (0.4 ms) costs half as much as 1.125.
+What limits ours on the patch: the check for NaN and infinity (0.015 ms), and the pages of a new image, which cost
+several times a warm copy's 0.03 ms after a peer has used the memory; by itself, its caches warm, a call takes half to
+two thirds of the time given. Blur: its taps are summed in groups of four, so an SD up to 1 is cheaper than 1.125.
 
 Left out, because they do something else: MONAI's `GaussianSharpen` (blurs twice), batchgeneratorsv2's sharpening (a
 Laplacian), the low-resolution simulation of both (all axes, linear). TorchIO has no unsharp mask and no mean along an
