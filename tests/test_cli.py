@@ -117,7 +117,13 @@ def group_is_gone(group, *, within_s):
 def test_stopped_run_leaves_no_worker_and_no_temporary(tmp_path, sent, code):
     command = [sys.executable, "-m", "synthlong_cli.main", "generate", str(CASES), "-o", str(tmp_path / "out")]
     command += ["--pairs", "500", "--seed", "1", "--shard-size", "4", "--workers", "1"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
+    )
     deadline = time.monotonic() + 240
     while not list((tmp_path / "out").glob("shards/*.json")):
         assert process.poll() is None, process.stderr.read()

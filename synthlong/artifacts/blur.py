@@ -208,7 +208,7 @@ def _blur_pairs(x, edges, weights, amount, out, start, stop):  # type: ignore[no
 # count from the end, which keeps the compiler from vectorising.
 
 
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"}, forceinline=True)
 def _sum_rows(source, stride, step, weights, out):  # type: ignore[no-untyped-def]
     """Set out[j, k] to the weighted sum of the `source` voxels from j * step + k on, `stride` apart."""
     step, s, c = np.uint64(step), np.uint64(stride), np.uint64((weights.size - 1) * stride)
@@ -226,7 +226,7 @@ def _sum_rows(source, stride, step, weights, out):  # type: ignore[no-untyped-de
                 out[j, k] = y
 
 
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"}, forceinline=True)
 def _sum_planes(source, starts, weights, out, next_out, margin):  # type: ignore[no-untyped-def]
     """Set `out` to the weighted sum of the planes at `starts` without the last, `next_out` without the first."""
     r, m, width = weights.size - 1, np.uint64(margin), np.uint64(out.shape[1] - 2 * margin)

@@ -272,13 +272,13 @@ def _resample(  # type: ignore[no-untyped-def, unused-ignore]
                 change[i, j, k] = row[k] - volume[i, j, k]
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, forceinline=True)
 def _whole(voxels):  # type: ignore[no-untyped-def, unused-ignore]
     """Return a coordinate in whole numbers."""
     return np.int64(np.floor(voxels * _ONE + 0.5))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
 def _inside(origin, step, n, first, end):  # type: ignore[no-untyped-def, unused-ignore]
     """Narrow `range(first, end)` to the k for which -1 < origin + step k < n, by more than rounding."""
     edge = 1e-6 + end / _ONE
@@ -290,7 +290,7 @@ def _inside(origin, step, n, first, end):  # type: ignore[no-untyped-def, unused
     return first, max(first, int(np.floor(max(min(far, end - 1), first - 1))) + 1)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
 def _stay(position, step):  # type: ignore[no-untyped-def, unused-ignore]
     """Return how many voxels, this one included, are in its cell."""
     place = np.uint64(position & (_ONE - 1))
@@ -298,7 +298,7 @@ def _stay(position, step):  # type: ignore[no-untyped-def, unused-ignore]
     return np.int64(way // np.uint64(max(abs(step), 1))) + 1
 
 
-@njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+@njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"}, forceinline=True)
 def _interpolate(row, k, run, padded, corner, line, plane, position, step):  # type: ignore[no-untyped-def, unused-ignore]
     """Write a run of voxels to the row, and up to 15 more that mean nothing."""
     unit, low, one = np.float32(1 / _ONE), _ONE - 1, np.uint64(1)  # unsigned: a signed index may count from the end

@@ -141,7 +141,7 @@ def _add_noise(x, y, std, seed, start, stop):  # type: ignore[no-untyped-def]
             result[n] = voxels[n] + flat[n]
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, forceinline=True)
 def _philox(words, first, seed):  # type: ignore[no-untyped-def]
     """Fill four rows of random words, from counters `first`, `first + 1`, ..."""
     row_a, row_b, row_c, row_d = words[0], words[1], words[2], words[3]
@@ -156,7 +156,7 @@ def _philox(words, first, seed):  # type: ignore[no-untyped-def]
         row_a[n], row_b[n], row_c[n], row_d[n] = np.uint32(a), np.uint32(b), np.uint32(c), np.uint32(d)
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"})
+@njit(cache=True, nogil=True, fastmath={"contract"}, forceinline=True)
 def _box_muller(words, turns, one, other, std):  # type: ignore[no-untyped-def]
     """Turn words into pairs of normal numbers, with polynomials, which the compiler vectorises, for log, sin and cos.
 
