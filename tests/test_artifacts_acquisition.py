@@ -95,11 +95,15 @@ def test_bad_arguments():
         ({"untouched": -1}, "untouched = -1"),
         ({"count": 10}, "count = 10"),
         ({"artifacts": [GaussianBlur(1.0)]}, "none of"),
+        ({"artifacts": [RandomGaussianBlur(p=0.5)]}, "p, include"),
+        ({"artifacts": [RandomGaussianBlur(seed=1)]}, "RandomGaussianBlur has its own"),
     ]:
         with pytest.raises(ValueError, match=problem):
             RandomAcquisition(**arguments)
     with pytest.raises(ValueError, match="step 'Blur': must be one of KSpaceMotion"):
         acquire(torch.ones(2, 2, 2), steps=[("Blur", {})])
+    with pytest.raises(ValueError, match="must be a name and parameters"):
+        acquire(torch.ones(2, 2, 2), steps=[("GaussianBlur",)])
     with pytest.raises(ValueError, match=r"step GaussianBlur: std = -1"):
         acquire(torch.ones(2, 2, 2), steps=[("GaussianBlur", {"std": -1})])
     with pytest.raises(ValueError, match=r"step GaussianBlur: .*unexpected"):

@@ -234,6 +234,48 @@ def test_a_dict_without_images_is_no_silent_pass():
         artifacts.RandomGaussianBlur()({"image": torch.ones(1, 8, 8)})
 
 
+def test_voxels_shared_by_images_are_not_shared_with_the_result():
+    x = image(1, 8, 8, 8)
+    before = x.clone()
+    both = tio.Subject(baseline=tio.ScalarImage(tensor=x), followup=tio.ScalarImage(tensor=x), plain=x)
+    result = artifacts.RandomGaussianBlur(include=["followup"])(both)
+    result.baseline.data.zero_()
+    result["plain"].zero_()
+    assert torch.equal(x, before)
+
+
+def test_an_image_on_disk_is_not_loaded_into_the_callers_subject(bundled):
+    source = tio.Subject(flair=tio.ScalarImage(bundled("cs07")[0]))
+    result = artifacts.RandomSliceThickness()(source)
+    assert not source.flair._loaded
+    assert result.flair._loaded
+    assert not torch.equal(result.flair.data, tio.ScalarImage(bundled("cs07")[0]).data)
+
+
+def test_names_that_come_only_once():
+    transform = artifacts.RandomGaussianBlur(include=(name for name in ["t1"]))
+    first, second = transform(subject()), transform(subject())
+    assert not torch.equal(second.t1.data, subject().t1.data)
+    assert same(snapshot(first.get_composed_history()(subject())), snapshot(first))
+    with pytest.raises(ValueError, match=r"no entry of the dict \['image'\] is an image named in \['imge'\]"):
+        artifacts.RandomGaussianBlur(include=["imge"])({"image": image(1, 8, 8, 8)})
+
+
+def test_arrays_of_the_other_byte_order():
+    x = image(1, 8, 8, 8).numpy()
+    transform = artifacts.RandomGaussianBlur(seed=1)
+    assert np.array_equal(transform(x.astype(x.dtype.newbyteorder())), transform(x))
+
+
+def test_history_shares_nothing_with_the_twin():
+    twin = artifacts.Acquisition([("GaussianBlur", {"std": np.float32(1)}), ("SliceThickness", {"size": 3})])
+    result = twin(subject())
+    ((_, arguments),) = result.applied_transforms
+    assert json.loads(json.dumps(arguments)) == arguments
+    arguments["steps"].clear()
+    assert len(twin.steps) == 2
+
+
 def test_copy_false_changes_the_subject_but_not_its_replay():
     source, x = subject(), subject()
     result = artifacts.RandomGaussianBlur(copy=False)(source)
@@ -417,6 +459,7 @@ def test_ranges():
     assert Range.of("v", 3, whole=True) == Range(3, 3, True)
     rng = np.random.default_rng(0)
     assert {Range.of("v", (2, 4), whole=True).draw(rng) for _ in range(100)} == {2, 3, 4}
+    assert len({Range.of("v", (1e-8, 5e-7)).draw(rng) for _ in range(20)}) == 20
     for bad in ((2, 1), (1, 2, 3), "1", None, True, float("nan"), (0, float("inf"))):
         with pytest.raises(ValueError, match="std = "):
             Range.of("std", bad)

@@ -91,7 +91,10 @@ def acquire(
     """
     result = copied(x)
     affine = np.eye(4) if affine is None else affine
-    for name, params in steps:
+    for each in steps:
+        if len(each) != 2:
+            raise ValueError(f"step {each!r}: must be a name and parameters")
+        name, params = each
         if name not in _BY_NAME:
             raise ValueError(f"step {name!r}: must be one of {', '.join(_BY_NAME)}")
         step = _BY_NAME[name]
@@ -163,6 +166,16 @@ class RandomAcquisition(RandomArtifact):
         for artifact in self.artifacts:
             if not isinstance(artifact, RandomArtifact) or artifact.final not in _STEPS:
                 raise ValueError(f"artifacts: {artifact!r} is none of {', '.join(c.__name__ for c in _ALL_NINE)}")
+            theirs = (
+                artifact.probability < 1,
+                artifact.include,
+                artifact.exclude,
+                artifact.shared,
+                artifact.correlation,
+            )
+            if any(theirs) or artifact.seed is not None:
+                ours = "p, include, exclude, shared, correlation and seed are the mixture's, not its artifacts'"
+                raise ValueError(f"artifacts: {artifact.name} has its own; {ours}")
         most = len(self.artifacts)
         self.severity = check_number("severity", given.severity if severity is None else severity, least=0, most=1)
         self.untouched = check_number("untouched", given.untouched if untouched is None else untouched, least=0, most=1)

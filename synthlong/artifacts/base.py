@@ -64,6 +64,10 @@ class _Transform(IntensityTransform):
 
     final: ClassVar[type[Artifact]]
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.include, self.exclude = (None if k is None else list(k) for k in (self.include, self.exclude))
+
     @abstractmethod
     def _choose(self, names: list[str]) -> Callable[[str], Params] | None:
         """Return the parameters of each image by name, or None to leave the input alone."""
@@ -112,8 +116,11 @@ class _Transform(IntensityTransform):
             return subject
         kept = {new: copy.deepcopy(subject.get_image(old)) for old, new in (self.keep or {}).items()}
         if self.copy:
-            replaced = [image["data"] for image in images.values()]  # not copied: new voxels take their place
-            subject = copy.deepcopy(subject, {id(voxels): voxels for voxels in replaced if voxels is not None})
+            others = [v for name, v in subject.items() if name not in images]
+            shown = {id(v.get("data") if isinstance(v, tio.Image) else v) for v in others}
+            replaced = [image.get("data") for image in images.values()]  # not loaded, nor copied: new voxels follow
+            memo = {id(v): v for v in replaced if v is not None and id(v) not in shown}
+            subject = copy.deepcopy(subject, memo)
             images = {name: subject.get_image(name) for name in images}
         self._change(subject, images, chosen)
         for name, image in kept.items():
@@ -125,18 +132,15 @@ class _Transform(IntensityTransform):
             image.set_data(self._applied(name, image.data, image.affine, chosen(name)))
         if images:
             record = self._recorded(list(images), chosen)
-            include = None if self.include is None else list(self.include)
-            exclude = None if self.exclude is None else list(self.exclude)
             # copy=True: replayed alone, the twin must not change the caller's subject
-            arguments = {"include": include, "exclude": exclude, "copy": True, **record}
+            arguments = {"include": _plain(self.include), "exclude": _plain(self.exclude), "copy": True, **record}
             subject.applied_transforms.append((self.final.__name__, arguments))
 
     def _on_dict(self, data: dict[str, Any]) -> dict[str, Any]:
         names = [name for name, value in data.items() if self._is_image(name, value)]
-        if not names and self.include is None and self.exclude is None:
-            raise ValueError(
-                f"no entry of the dict {list(data)} is a floating-point image of rank 4; name some in include"
-            )
+        if not names and self.exclude is None:
+            wanted = "a floating-point image of rank 4" if self.include is None else f"an image named in {self.include}"
+            raise ValueError(f"no entry of the dict {list(data)} is {wanted}")
         chosen = self._choose(names)
         if chosen is None:
             return data
@@ -160,7 +164,8 @@ class _Transform(IntensityTransform):
         affine = getattr(data, "affine", None)
         affine = np.eye(4) if affine is None else np.asarray(affine, np.float64)
         if isinstance(data, np.ndarray):
-            writeable = np.require(data, requirements=("C", "W"))  # what torch can share
+            native = data.astype(data.dtype.newbyteorder("="), copy=False)
+            writeable = np.require(native, requirements=("C", "W"))  # what torch can share
             return self._applied(name, torch.from_numpy(writeable), affine, chosen(name)).numpy()
         result = self._applied(name, data.as_subclass(Tensor), affine, chosen(name))
         if type(data) is Tensor:
@@ -222,7 +227,7 @@ class Artifact(_Transform):
         return self._params_of
 
     def _recorded(self, names: list[str], chosen: Callable[[str], Params]) -> Params:
-        return {parameter: getattr(self, parameter) for parameter in self.args_names}
+        return {parameter: _plain(getattr(self, parameter)) for parameter in self.args_names}
 
 
 class RandomArtifact(_Transform, RandomTransform):
@@ -304,7 +309,9 @@ def _called(name: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return arrays as lists: history is JSON."""
+    """Return a copy in which arrays are lists: history is JSON."""
     if isinstance(value, dict):
         return {name: _plain(v) for name, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
     return value.tolist() if isinstance(value, (np.ndarray, np.generic, Tensor)) else value

@@ -17,7 +17,7 @@ import numpy as np
 
 __all__ = ["Range", "check_number", "check_triple"]
 
-_DIGITS = 6  # of a drawn number: keeps recipes and histories short
+_DIGITS = 6  # of a number drawn from a wide range: keeps recipes and histories short
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,9 @@ class Range:
         u = rng.random()
         if self.whole:
             return int(self.low) + int(u * (int(self.high) - int(self.low) + 1))
-        return min(max(round(self.low + float(u) * (self.high - self.low), _DIGITS), self.low), self.high)
+        width = self.high - self.low
+        value = self.low + float(u) * width
+        return min(max(round(value, _DIGITS) if width > 1e-3 else value, self.low), self.high)
 
 
 def check_number(

@@ -71,7 +71,7 @@ class SliceThickness(Artifact):
     @staticmethod
     def on_grid(params: Params, affine: NDArray[np.float64]) -> Params:
         """Find the axial axis."""
-        axis = _check_axis(params["axis"])
+        axis = _check_axis(params.get("axis", "axial"))
         return {**params, "axis": axial_axis(affine) if axis == "axial" else axis}
 
 
