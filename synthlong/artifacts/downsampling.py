@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from synthlong.artifacts.base import Artifact, Params, RandomArtifact
-from synthlong.artifacts.ranges import Range, check_number
+from synthlong.artifacts.ranges import Range, check_axes, check_number
 from synthlong.artifacts.volumes import copied, in_slabs, on_volumes
 
 __all__ = ["AnisotropicDownsampling", "RandomAnisotropicDownsampling", "anisotropic_downsampling"]
@@ -96,10 +96,7 @@ class RandomAnisotropicDownsampling(RandomArtifact):
     ) -> None:
         super().__init__(**kwargs)
         self.factor = Range.of("factor", factor, least=1, most=64, around=1)
-        listed = list(axes) if isinstance(axes, Sequence) else [axes]
-        if not listed:
-            raise ValueError("axes = (): must name at least one of the axes 0, 1, 2")
-        self.axes = [int(check_number("axes", axis, least=0, most=2, whole=True)) for axis in listed]
+        self.axes = check_axes(axes)
         self.prefilter = bool(prefilter)
 
     def draw_params(self, rng: np.random.Generator) -> Params:

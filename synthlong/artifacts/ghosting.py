@@ -17,8 +17,8 @@ import numpy as np
 from torch import Tensor
 
 from synthlong.artifacts.base import Artifact, Params, RandomArtifact
-from synthlong.artifacts.kspace import Mask, add_filtered, check_axes
-from synthlong.artifacts.ranges import Range, check_number
+from synthlong.artifacts.kspace import Mask, add_filtered
+from synthlong.artifacts.ranges import Range, check_axes, check_number
 from synthlong.artifacts.volumes import copied, on_volumes
 
 __all__ = ["KSpaceGhosting", "RandomKSpaceGhosting", "kspace_ghosting"]

@@ -12,16 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from synthlong.artifacts.ranges import check_number, check_triple
-
-__all__ = ["add_filtered", "check_axes", "check_triples"]
+__all__ = ["add_filtered"]
 
 Mask = tuple[float, ...]
 """A factor for each plane of k-space, from one end to the other; the centre is plane n // 2."""
@@ -105,29 +102,3 @@ def _even_part(mask: Mask) -> NDArray[np.float64]:
     """Return (m(k) + m(-k)) / 2 for k = 0, 1, ..., n - 1."""
     m = np.fft.ifftshift(np.asarray(mask, np.float64))
     return (m + np.roll(m[::-1], 1)) / 2
-
-
-def check_axes(value: Any) -> tuple[int, ...]:
-    """Return the array axes to choose from.
-
-    Raises:
-        ValueError: Neither an axis nor a sequence of them.
-    """
-    axes = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    if not axes:
-        raise ValueError(f"axes = {value!r}: must have at least one of 0, 1, 2")
-    return tuple(int(check_number("axes", axis, least=0, most=2, whole=True)) for axis in axes)
-
-
-def check_triples(
-    name: str, value: Any, *, least: float = -math.inf, most: float = math.inf
-) -> list[tuple[float, float, float]]:
-    """Return rows of three numbers; none is allowed.
-
-    Raises:
-        ValueError: Not a sequence of threes, or a number outside `[least, most]`.
-    """
-    rows = value.tolist() if isinstance(value, np.ndarray) else value
-    if not isinstance(rows, Sequence) or any(not isinstance(row, (Sequence, np.ndarray)) for row in rows):
-        raise ValueError(f"{name} = {value!r}: must be a list of threes, one number per axis")
-    return [check_triple(name, row, least=least, most=most) for row in rows]

@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from synthlong.artifacts.base import Artifact, Params, RandomArtifact, spacing_of
-from synthlong.artifacts.kspace import Mask, add_filtered, check_axes, check_triples
-from synthlong.artifacts.ranges import Range, check_number, check_triple
+from synthlong.artifacts.kspace import Mask, add_filtered
+from synthlong.artifacts.ranges import Range, check_axes, check_number, check_triple, check_triples
 from synthlong.artifacts.volumes import copied, in_slabs, on_volumes
 
 __all__ = ["KSpaceMotion", "RandomKSpaceMotion", "kspace_motion"]

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Range", "check_number", "check_triple"]
+__all__ = ["Range", "check_axes", "check_number", "check_triple", "check_triples"]
 
 _DIGITS = 6  # of a number drawn from a wide range: keeps recipes and histories short
 
@@ -116,3 +116,29 @@ def check_triple(
         raise ValueError(f"{name} = {value!r}: must be a number, or three, one per axis")
     i, j, k = (check_number(name, v, least=least, most=most) for v in values)
     return i, j, k
+
+
+def check_axes(value: Any) -> tuple[int, ...]:
+    """Return the array axes to choose from.
+
+    Raises:
+        ValueError: Neither an axis nor a sequence of them.
+    """
+    axes = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    if not axes:
+        raise ValueError(f"axes = {value!r}: must have at least one of 0, 1, 2")
+    return tuple(int(check_number("axes", axis, least=0, most=2, whole=True)) for axis in axes)
+
+
+def check_triples(
+    name: str, value: Any, *, least: float = -math.inf, most: float = math.inf
+) -> list[tuple[float, float, float]]:
+    """Return rows of three numbers; none is allowed.
+
+    Raises:
+        ValueError: Not a sequence of threes, or a number outside `[least, most]`.
+    """
+    rows = value.tolist() if isinstance(value, np.ndarray) else value
+    if not isinstance(rows, Sequence) or any(not isinstance(row, (Sequence, np.ndarray)) for row in rows):
+        raise ValueError(f"{name} = {value!r}: must be a list of threes, one number per axis")
+    return [check_triple(name, row, least=least, most=most) for row in rows]

@@ -25,8 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from synthlong.artifacts.base import Artifact, Params, RandomArtifact
-from synthlong.artifacts.kspace import check_triples
-from synthlong.artifacts.ranges import Range, check_number
+from synthlong.artifacts.ranges import Range, check_number, check_triples
 from synthlong.artifacts.volumes import copied, in_slabs, on_volumes
 
 __all__ = ["KSpaceSpike", "RandomKSpaceSpike", "kspace_spike"]
