@@ -202,11 +202,12 @@ class Artifact(_Transform):
 
     def __init__(self, params: Params, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        vars(self).update({name: _plain(value) for name, value in params.items()})
+        vars(self).update(params)
         self.args_names = list(params)
         named = {name for value in params.values() if isinstance(value, dict) for name in value}
         for name in named or {_ALONE}:  # the kernel checks its parameters itself
             self._applied(name, torch.zeros(1, 1, 1), np.eye(4), self._params_of(name))
+        vars(self).update(_plain(params))
 
     @staticmethod
     def on_grid(params: Params, affine: NDArray[np.float64]) -> Params:
