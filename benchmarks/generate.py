@@ -19,8 +19,9 @@ from pathlib import Path
 
 import torch
 
+from synthlong.dataset.cases import synthesis_of
 from synthlong.dataset.plan import bundled_cases
-from synthlong.dataset.run import generate, synthesis_of
+from synthlong.dataset.run import generate
 from synthlong.errors import InputWarning
 from synthlong.inpainting import heal
 from synthlong.manifest import read_cases

@@ -17,8 +17,12 @@ def generate(
     config: Path = typer.Option(None, help="SynthesisConfig as TOML."),
     shard_size: int = typer.Option(64, help="Pairs in a shard."),
     workers: int = typer.Option(0, help="Processes; 0: one per processor."),
+    scheduler: str = typer.Option(
+        None, help="Dask: an address (tcp://...) or a TOML file (slurm.toml)."
+    ),
     device: str = typer.Option(None, help="Torch device of the networks, e.g. cuda:0."),
     strict: bool = typer.Option(False, "--strict", help="Write nothing if a case cannot be used."),
+    break_lock: bool = typer.Option(False, "--break-lock", help="Take the folder from a writer that is gone."),
     prefer: Prefer = typer.Option(None, help="Which of two disagreeing orientations to use."),
 ) -> None:
     """Make a data set of synthetic longitudinal pairs from single-visit scans."""
@@ -41,12 +45,19 @@ def generate(
             config=chosen,
             shard_size=shard_size,
             workers=workers,
+            scheduler=scheduler,
             strict=strict,
+            break_lock=break_lock,
             prefer=prefer.value if prefer else None,
             progress=show,
         )
     for subject, problem in outcome.failures.items():
         typer.echo(f"left out: {subject}: {problem}", err=True)
+    for number, problem in outcome.lost.items():
+        typer.echo(f"{out.name}/shards/{number:05d}.h5: {problem}; run the same command again", err=True)
+    if outcome.lost:
+        typer.echo(f"{out.name}: not finished, {len(outcome.lost)} of {outcome.shards} shards are missing")
+        raise typer.Exit(1)
     if outcome.made:
         rate = outcome.made / max(outcome.seconds, 1e-9)
         text = f"{outcome.made} made in {outcome.seconds:.1f} s, {rate:.1f} pairs/s"

@@ -46,7 +46,7 @@ import sys; sys.path.insert(0, sys.argv[1])
 import synthlong; assert synthlong.__file__.startswith(sys.argv[1])
 from synthlong.atlas import lesion_prior, tissue_maps
 from synthlong.dataset.plan import asset_hashes, bundled_cases
-from synthlong.dataset.run import synthesis_of
+from synthlong.dataset.cases import synthesis_of
 from synthlong.manifest import find_cases
 from synthlong.synthesis import SynthesisConfig
 lesion_prior(), tissue_maps(), asset_hashes(SynthesisConfig()), synthesis_of(SynthesisConfig(precision="float32"))

@@ -18,6 +18,7 @@ import torch
 
 import synthlong
 from synthlong.atlas import prior_path
+from synthlong.dataset.lock import LOCK
 from synthlong.dataset.shards import canonical_json, publish
 from synthlong.errors import ConfigError, InputError, OutputError
 from synthlong.inpainting import Inpainter
@@ -29,7 +30,9 @@ __all__ = [
     "adopt_plan",
     "asset_hashes",
     "bundled_cases",
-    "make_folder",
+    "check_folder",
+    "check_space",
+    "environment",
     "make_plan",
     "read_plan",
     "shard_config",
@@ -38,7 +41,9 @@ __all__ = [
 
 SCHEMA = "synthlong-run/1"
 _BUNDLED = "bundled"
+_LIBRARIES = ("torch", "numpy", "scipy", "numba", "h5py", "hdf5plugin")
 _NOT_DECISIVE = ("run_id", "source")
+_BEFORE_THE_PLAN = (LOCK, "work")
 
 
 def make_plan(
@@ -67,7 +72,6 @@ def make_plan(
         prefer: Which of two disagreeing orientations of a scan is used.
     """
     plain = config.as_dict() | dict.fromkeys(assets)  # their hashes stand under "assets"
-    libraries = ("torch", "numpy", "scipy", "numba", "h5py", "hdf5plugin")
     plan: dict[str, Any] = {
         "schema": SCHEMA,
         "seed": seed,
@@ -78,10 +82,17 @@ def make_plan(
         "assets": assets,
         "cases": cases,
         "prefer": prefer,
-        "versions": {"synthlong": synthlong.__version__, **{name: version(name) for name in libraries}},
-        "machine": {"cpu": torch.backends.cpu.get_cpu_capability(), "device": config.device},
+        **environment(config.device),
     }
     return {**plan, "run_id": _run_id(plan), "source": _relative(source, out)}
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Return what besides the plan decides the bytes: versions of what computes them, and the machine."""
+    return {
+        "versions": {"synthlong": synthlong.__version__, **{name: version(name) for name in _LIBRARIES}},
+        "machine": {"cpu": torch.backends.cpu.get_cpu_capability(), "device": device},
+    }
 
 
 def read_plan(out: Path) -> dict[str, Any]:
@@ -169,31 +180,32 @@ def source_of(out: Path, plan: dict[str, Any]) -> Path:
     return path
 
 
-def make_folder(out: Path, *, need_mb: float) -> None:
-    """Make a run's folder, or refuse before any work is done.
+def check_folder(out: Path) -> None:
+    """Raise unless a run may live in a folder.
 
     Raises:
         ConfigError: It holds files but no run.
-        OutputError: It cannot be written, or the disk is too full.
+        OutputError: It is not a folder.
     """
-    if out.exists() and not out.is_dir():
+    if not out.exists():
+        return
+    if not out.is_dir():
         raise OutputError(out, "is not a folder", "name a folder for the run")
-    if out.exists() and not (out / "run.json").exists():
-        foreign = [p.name for p in out.iterdir() if p.name != "work"]
+    if not (out / "run.json").exists():
+        foreign = [p.name for p in out.iterdir() if p.name not in _BEFORE_THE_PLAN]
         if foreign:
             problem = f"the folder is not empty and holds no run (first: {min(foreign)!a})"
             raise ConfigError(f"{out.name}: {problem}; name a new or empty folder")
-    try:
-        (out / "work").mkdir(parents=True, exist_ok=True)
-        probe = out / "work" / ".probe"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        way = "choose a folder you may write to"
-        raise OutputError(out, f"cannot be written ({error.strerror})", way) from error
+
+
+def check_space(out: Path, *, need_mb: float) -> None:
+    """Raise if the disk is too full for a run.
+
+    Raises:
+        OutputError: It is.
+    """
     free_mb = shutil.disk_usage(out).free / 1e6
     if free_mb < need_mb:
-        shutil.rmtree(out / "work", ignore_errors=True)
         problem = f"too little space: the run needs about {need_mb:.0f} MB, {free_mb:.0f} MB are free"
         raise OutputError(out, problem, "free some, or choose another disk")
 

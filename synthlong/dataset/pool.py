@@ -1,88 +1,204 @@
-"""Processes that work on a run: each with one torch thread, counting what it has done, stopping when told.
+"""Where the tasks of a run are worked on: processes of this machine, or those of a cluster (`cluster.py`).
 
-With two torch threads the bits of a result change; so a pair is always rendered on one.
+A task is a function and one argument, both picklable, and carries all it needs. A worker renders with one torch
+thread: with two, the bits of a result change. A worker that dies (out of memory, preempted) takes down its task
+only, which is tried again.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from abc import ABC, abstractmethod
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import pebble
 import torch
 
-from synthlong.errors import OutputError
+__all__ = ["LocalPool", "Lost", "Pool", "Stopped", "begin", "call", "count", "stop_if_told"]
 
-__all__ = ["WorkerPool", "count", "job", "stop_if_told", "worker_pool"]
-
+_AHEAD = 2
 _POLL_S = 0.5
-_here: dict[str, Any] = {}
+_WORKER = "pebble_pool_worker"
+
+_counts: MutableSequence[int] | None = None
+_slot = 0
+_told_to_stop: Callable[[], bool] | None = None
 
 
-class WorkerPool:
-    """A pool of processes; made by `worker_pool`."""
+class Stopped(Exception):
+    """The run was told to stop while this task was worked on."""
 
-    def __init__(self, executor: ProcessPoolExecutor, counter: Any) -> None:
-        self._executor, self._counter = executor, counter
+
+@dataclass(frozen=True)
+class Lost:
+    """A task that was given up: its worker died three times.
+
+    Args:
+        task: The task.
+        counted: How far the last worker came, where that is known.
+        problem: How it ended.
+    """
+
+    task: Any
+    counted: int
+    problem: str
+
+
+class Pool(ABC):
+    """Workers that tasks can be submitted to.
+
+    Attributes:
+        size: Number of workers.
+        deaths: What a future raises when its worker died.
+        chances: How many such deaths a task is given.
+    """
+
+    size: int
+    deaths: tuple[type[BaseException], ...]
+    chances: int
+    _used = 0
+
+    @abstractmethod
+    def submit(self, slot: int, work: Callable[[Any], Any], task: Any) -> Future[Any]:
+        """Have `work(task)` done; `slot` is the task's own place among the counts."""
+
+    @abstractmethod
+    def count(self, slot: int) -> int:
+        """Return what a task has counted so far, where that is known, or when it ended."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """End all workers; none is left when this returns."""
 
     def run(
-        self, work: Callable[..., Any], tasks: Sequence[Any], report: Callable[[int], None] | None = None
+        self, work: Callable[[Any], Any], tasks: Sequence[Any], report: Callable[[int], None] | None = None
     ) -> Iterator[Any]:
-        """Yield `work(task)` for each task, as they come; call `report` with the workers' count meanwhile.
+        """Yield `work(task)` of each task, as they come, or a `Lost`.
 
-        Raises:
-            OutputError: A worker was killed.
+        Args:
+            work: A function of a module.
+            tasks: Its arguments.
+            report: Called now and then with the sum of what the tasks have counted.
         """
-        waiting: set[Future[Any]] = {self._executor.submit(work, task) for task in tasks}
-        while waiting:
-            done, waiting = wait(waiting, timeout=_POLL_S, return_when=FIRST_COMPLETED)
+        slots = range(self._used, self._used + len(tasks))
+        self._used = slots.stop
+        waiting, running, deaths = (
+            deque(zip(slots, tasks, strict=True)),
+            dict[Future[Any], tuple[int, Any]](),
+            Counter[int](),
+        )
+        while waiting or running:
+            while waiting and len(running) < _AHEAD * self.size:
+                slot, task = waiting.popleft()
+                running[self.submit(slot, work, task)] = slot, task
+            done, _ = wait(running, timeout=_POLL_S, return_when=FIRST_COMPLETED)
             if report:
-                report(self._counter.value)
+                report(sum(map(self.count, slots)))
             for future in done:
+                slot, task = running.pop(future)
                 try:
-                    yield future.result()
-                except BrokenProcessPool as error:
-                    way = "run it again to go on, with fewer --workers if memory is short"
-                    raise OutputError("worker", "a worker process was killed", way) from error
+                    result = future.result()
+                except self.deaths as error:
+                    deaths[slot] += 1
+                    if deaths[slot] < self.chances:
+                        waiting.append((slot, task))
+                    else:
+                        yield Lost(task, self.count(slot), str(error))
+                else:
+                    yield result
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
 
-@contextmanager
-def worker_pool(workers: int, shared: Any = None) -> Iterator[WorkerPool]:
-    """Start processes that see `shared` as `job()`; they are gone when the block ends, however it ends."""
-    context = multiprocessing.get_context("spawn")
-    counter, stop = context.Value("q", 0), context.Event()
-    executor = ProcessPoolExecutor(workers, context, _start, (shared, counter, stop))
-    try:
-        yield WorkerPool(executor, counter)
-    except BaseException:
-        stop.set()
-        raise
-    finally:
-        executor.shutdown(cancel_futures=True)
+class LocalPool(Pool):
+    """Processes of this machine.
+
+    Args:
+        size: How many.
+        tasks: How many tasks it will get in all.
+    """
+
+    chances = 3
+
+    def __init__(self, size: int, *, tasks: int) -> None:
+        self.size, self.deaths = size, (pebble.ProcessExpired,)
+        context = multiprocessing.get_context("spawn")
+        # Each task counts in a slot of its own: nothing is locked that a killed worker could keep.
+        self._counts = context.RawArray("q", tasks)
+        self._pool = pebble.ProcessPool(size, initializer=_start, initargs=(self._counts, os.getpid()), context=context)
+        with _interrupts_for_us():
+            self._pool.active  # noqa: B018 - starts the workers
+
+    def submit(self, slot: int, work: Callable[[Any], Any], task: Any) -> Future[Any]:  # noqa: D102
+        return self._pool.schedule(call, (slot, work, task))
+
+    def count(self, slot: int) -> int:  # noqa: D102
+        return int(self._counts[slot])
+
+    def stop(self) -> None:  # noqa: D102
+        self._pool.stop()
+        for child in multiprocessing.active_children():
+            if child.name == _WORKER:
+                child.terminate()  # all at once; `join` waits for one after the other
+        self._pool.join()
 
 
-def job() -> Any:
-    """Return what the pool was started with; in a worker only."""
-    return _here["shared"]
+def call(slot: int, work: Callable[[Any], Any], task: Any) -> Any:
+    """Do a task, in a worker."""
+    global _slot
+    _slot = slot
+    if _counts is not None:
+        _counts[slot] = 0  # whatever a worker counted that died with this task
+    return work(task)
 
 
 def count(n: int = 1) -> None:
-    """Add to the count that the pool reports; in a worker only."""
-    with _here["counter"].get_lock():
-        _here["counter"].value += n
+    """Add to the count of the task at work."""
+    if _counts is not None:
+        _counts[_slot] += n
 
 
 def stop_if_told() -> None:
-    """Give up the task if the run is being stopped; in a worker only."""
-    if _here["stop"].is_set():
-        raise KeyboardInterrupt
+    """Give up the task if the run is being stopped.
+
+    Raises:
+        Stopped: It is.
+    """
+    if _told_to_stop is not None and _told_to_stop():
+        raise Stopped
 
 
-def _start(shared: Any, counter: Any, stop: Any) -> None:
+def begin(counts: MutableSequence[int], told_to_stop: Callable[[], bool]) -> None:
+    """Make this process a worker: where its tasks count, and what tells them to stop."""
+    global _counts, _told_to_stop
+    _counts, _told_to_stop = counts, told_to_stop
+
+
+def _start(counts: MutableSequence[int], parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
     torch.set_num_threads(1)
-    _here.update(shared=shared, counter=counter, stop=stop)
+    begin(counts, lambda: os.getppid() != parent)  # a killed parent tells no one
+
+
+@contextmanager
+def _interrupts_for_us() -> Iterator[None]:
+    """Let a Ctrl-C wait; processes started meanwhile never see one, not even while they import."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from synthlong.dataset.plan import asset_hashes, read_plan, source_of
-from synthlong.dataset.run import synthesis_of
+from synthlong.dataset.cases import check_assets, synthesis_of
+from synthlong.dataset.plan import read_plan, source_of
 from synthlong.dataset.shards import IMAGES, VOLUMES, ShardDataset
 from synthlong.errors import ConfigError, InputError, InputWarning, SynthlongError
 from synthlong.inpainting import heal
@@ -64,9 +64,7 @@ def replay(
             role = next(r for r in {**recorded, **case.sources} if recorded.get(r) != case.sources.get(r))
             path = getattr(files, role, files.flair) or files.flair
             raise InputError(path, "has changed since the run (its SHA-256 differs)", "restore the file")
-        for name, sha256 in asset_hashes(config).items():
-            if sha256 != plan["assets"][name]:
-                raise InputError(run, f"the run used another {name}", "name it by --config, as for `generate`")
+        check_assets(config, plan["assets"])
         inpainter, painter, bank = synthesis_of(config)
         healed = heal(case, inpainter)
         pair = render(healed, recipe, painter=painter, bank=bank)

@@ -1,9 +1,9 @@
 """A run: cases to shards.
 
-    find cases -> prepare each (read, fill its lesions) -> run.json -> shards, by several processes -> index.json
+    lock -> find cases -> prepare each (read, fill its lesions) -> run.json -> shards, by workers -> index.json
 
-Pair k belongs to case k mod n and is drawn from (seed, case, k), so the bytes are the same whatever the number of
-workers. A run that stopped goes on when it is called again.
+Pair k belongs to case k mod n and is drawn from (seed, case, k), so the bytes are the same whatever the workers. A
+run that stopped goes on when it is called again: every shard without a valid record is made.
 """
 
 from __future__ import annotations
@@ -13,30 +13,45 @@ import json
 import os
 import shutil
 import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import synthlong
 from synthlong.case import Case
-from synthlong.dataset.plan import adopt_plan, asset_hashes, make_folder, make_plan, read_plan, shard_config
-from synthlong.dataset.pool import count, job, stop_if_told, worker_pool
-from synthlong.dataset.shards import Sample, canonical_json, publish, shard_path, write_index, write_shard
-from synthlong.dataset.store import open_case, store_case, stored_stamp
-from synthlong.errors import ConfigError, InputError, InputWarning, OutputError, SynthlongError
-from synthlong.inpainting import Inpainter, heal
-from synthlong.lesions import LesionBank, read_bank
-from synthlong.manifest import CaseFiles, find_cases
+from synthlong.dataset.cases import Preparation, case_folder, check_assets, kept_synthesis, prepare_cases
+from synthlong.dataset.lock import writer_lock
+from synthlong.dataset.plan import (
+    adopt_plan,
+    asset_hashes,
+    check_folder,
+    check_space,
+    environment,
+    make_plan,
+    read_plan,
+    shard_config,
+)
+from synthlong.dataset.pool import LocalPool, Lost, Pool, count, stop_if_told
+from synthlong.dataset.shards import (
+    Sample,
+    ShardDataset,
+    canonical_json,
+    publish,
+    shard_path,
+    write_index,
+    write_shard,
+)
+from synthlong.dataset.store import open_case
+from synthlong.errors import ConfigError, InputError, OutputError
+from synthlong.manifest import find_cases
 from synthlong.networks import check_device, default_precision
-from synthlong.painting import LesionPainter
-from synthlong.pair import Painter, Pair, painter_of, render
+from synthlong.pair import Pair, render
 from synthlong.recipe import draw_recipe, rng_of
 from synthlong.synthesis import SynthesisConfig
 
-__all__ = ["Outcome", "generate", "synthesis_of"]
+__all__ = ["Outcome", "Progress", "generate"]
 
 _MB_PER_PAIR = {"blosc-lz4": 0.75, "none": 2.1}
 _MB_PER_CASE = 140
@@ -51,11 +66,12 @@ class Outcome:
     """What a run did.
 
     Args:
-        pairs: Pairs in the finished run.
+        pairs: Pairs in the run.
         shards: Shards in it.
         made: Pairs made by this call; the others were there.
         seconds: Wall time of making them, cases prepared before.
         failures: Message of each case that was left out, by subject.
+        lost: What became of each shard that could not be made, by number; without any, the run is complete.
     """
 
     pairs: int
@@ -63,6 +79,7 @@ class Outcome:
     made: int
     seconds: float
     failures: dict[str, str] = field(default_factory=dict)
+    lost: dict[int, str] = field(default_factory=dict)
 
 
 def generate(
@@ -74,7 +91,9 @@ def generate(
     config: SynthesisConfig | None = None,
     shard_size: int = 64,
     workers: int = 0,
+    scheduler: str | None = None,
     strict: bool = False,
+    break_lock: bool = False,
     prefer: str | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
@@ -88,14 +107,16 @@ def generate(
         config: How pairs are drawn.
         shard_size: Pairs in a shard.
         workers: Processes; 0: one per usable processor.
+        scheduler: Work on a Dask cluster instead; see `cluster.DaskPool`.
         strict: Write nothing if a case cannot be used; else the pairs come from the others.
+        break_lock: Take the folder's lock from a writer that is gone; see `lock.writer_lock`.
         prefer: "sform" or "qform" where a scan's two disagree.
         progress: Called as (stage, done, total).
 
     Raises:
         ConfigError: An option outside its range, or `out` holds another run.
         InputError: No usable case, or `strict` and one that is not.
-        OutputError: `out` cannot be written.
+        OutputError: `out` cannot be written, or another process writes there.
     """
     source, out = Path(source), Path(out)
     for name, value, low in (("pairs", pairs, 1), ("seed", seed, 0), ("shard_size", shard_size, 1)):
@@ -109,37 +130,37 @@ def generate(
     files, assets = find_cases(source), asset_hashes(config)
     options: dict[str, Any] = {"pairs": pairs, "seed": seed, "shard_size": shard_size}
     options |= {"config": config, "assets": assets, "prefer": prefer}
+    shards = -(-pairs // shard_size)
 
-    if (out / "index.json").exists():
+    check_folder(out)
+    if _complete(out):
         known = {case["subject"] for case in read_plan(out)["cases"]}
-        hashed = [_case_record(f, f.hashes()) for f in files if f.subject in known]
+        hashed = [Preparation(f, out, config, assets, sources=f.hashes()).record for f in files if f.subject in known]
         adopt_plan(out, make_plan(source, out, cases=hashed, **options))
-        return Outcome(pairs, -(-pairs // shard_size), 0, 0.0)
-
-    fresh = not out.exists()
-    per_pair = _MB_PER_PAIR[config.compression] * (config.box / 64) ** 3
-    make_folder(out, need_mb=pairs * per_pair + len(files) * _MB_PER_CASE)
-    try:
-        usable, failures = _prepare(files, out, config, assets, workers, prefer, progress)
-        if failures and (strict or not usable):
-            problem = f"{len(failures)} of {len(files)} cases cannot be used ({next(iter(failures.values()))})"
-            way = "leave --strict out to go on without" if usable else "see `synthlong check`"
-            raise InputError(source, problem, way)
-        records = [_case_record(f, sources) for f, sources in usable]
-        plan = make_plan(source, out, cases=records, **options)
-        adopt_plan(out, plan)
-    except BaseException:
-        if not (out / "run.json").exists():
-            shutil.rmtree(out if fresh else out / "work", ignore_errors=True)
-        raise
-    started = time.monotonic()
-    sidecars, there = _make_shards(out, plan, usable, config, workers, progress)
-    seconds = time.monotonic() - started
-    if failures:
-        publish(out / "failures.json", canonical_json({"failed": failures}).encode())
-    write_index(out, plan["run_id"], sidecars)
-    shutil.rmtree(out / "work", ignore_errors=True)
-    return Outcome(pairs, len(sidecars), pairs - there, seconds, failures)
+        return Outcome(pairs, shards, 0, 0.0)
+    with _folder_of_run(out, break_lock=break_lock):
+        per_pair = _MB_PER_PAIR[config.compression] * (config.box / 64) ** 3
+        left = max(0, pairs - shard_size * len(list((out / "shards").glob("*.json"))))
+        check_space(out, need_mb=left * per_pair + len(files) * _MB_PER_CASE)
+        tasks = [Preparation(f, case_folder(out / "work", f.subject), config, assets, prefer) for f in files]
+        with _pool(workers, scheduler, out, config, tasks=len(tasks) + shards) as pool:
+            report = (lambda n: progress("cases", n, len(tasks))) if progress else None
+            usable, failures = prepare_cases(pool, tasks, report)
+            if failures and (strict or not usable):
+                problem = f"{len(failures)} of {len(files)} cases cannot be used ({next(iter(failures.values()))})"
+                way = "leave --strict out to go on without" if usable else "see `synthlong check`"
+                raise InputError(source, problem, way)
+            plan = make_plan(source, out, cases=[p.record for p in usable], **options)
+            adopt_plan(out, plan)
+            started = time.monotonic()
+            sidecars, made, lost = _make_shards(pool, out, plan, config, progress)
+        seconds = time.monotonic() - started
+        if failures:
+            publish(out / "failures.json", canonical_json({"failed": failures}).encode())
+        if not lost:
+            write_index(out, plan["run_id"], [sidecars[number] for number in range(shards)])
+            shutil.rmtree(out / "work", ignore_errors=True)
+    return Outcome(pairs, shards, made, seconds, failures, lost)
 
 
 def _processors() -> int:
@@ -147,136 +168,89 @@ def _processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def synthesis_of(config: SynthesisConfig) -> tuple[Inpainter, Painter, LesionBank]:
-    """Return the inpainter, the painter and the lesion bank that a config names."""
-
-    def path(name: str | None) -> Path | None:
-        return Path(name) if name else None
-
-    common: dict[str, Any] = {"precision": config.precision, "device": config.device}
-    network = config.painter == "network"
-    painter = LesionPainter.read(path(config.generator), **common) if network else painter_of(config.painter)
-    return Inpainter.read(path(config.inpainter), **common), painter, read_bank(path(config.lesion_bank))
-
-
-def _case_record(files: CaseFiles, sources: dict[str, str]) -> dict[str, Any]:
-    return {"subject": files.subject, "patient": files.patient, "sources": sources}
-
-
-def _case_folder(out: Path, subject: str) -> Path:
-    return out / "work" / f"case-{subject}"
-
-
-# Preparing cases
-
-
-@dataclass(frozen=True)
-class _Preparation:
-    """What a worker needs to prepare one case, and what it found."""
-
-    files: CaseFiles
-    folder: Path
-    config: SynthesisConfig
-    assets: dict[str, str]
-    prefer: str | None
-    sources: dict[str, str] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
-    failure: str | None = None
-
-
-def _prepare(
-    files: list[CaseFiles],
-    out: Path,
-    config: SynthesisConfig,
-    assets: dict[str, str],
-    workers: int,
-    prefer: str | None,
-    progress: Progress | None,
-) -> tuple[list[tuple[CaseFiles, dict[str, str]]], dict[str, str]]:
-    """Read every case and fill its lesions, in parallel; return the usable ones and what is wrong with the others."""
-    tasks = [_Preparation(f, _case_folder(out, f.subject), config, assets, prefer) for f in files]
-    report = (lambda n: progress("cases", n, len(files))) if progress else None
-    with worker_pool(min(workers, len(tasks))) as pool:
-        done = sorted(pool.run(_prepare_case, tasks, report), key=lambda p: p.files.subject)
-    for text in (text for p in done for text in p.warnings):
-        warnings.warn(text, InputWarning, stacklevel=3)
-    usable = [(p.files, p.sources) for p in done if p.failure is None]
-    return usable, {p.files.subject: p.failure for p in done if p.failure is not None}
-
-
-def _prepare_case(task: _Preparation) -> _Preparation:
+def _complete(out: Path) -> bool:
+    """Whether the folder holds a whole run: an index, and shards of the sizes that it says."""
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", InputWarning)
-            case = task.files.read(prefer=task.prefer)
-        stamp = {
-            "sources": case.sources,
-            "assets": task.assets,
-            "config": task.config.as_dict(),
-            "version": synthlong.__version__,
-        }
-        if stored_stamp(task.folder) != stamp:
-            inpainter, _, _ = _synthesis(task.config)
-            store_case(task.folder, heal(case, inpainter), task.config, stamp=stamp)
-    except OutputError:
-        raise
-    except SynthlongError as error:
-        return replace(task, failure=str(error))
+        ShardDataset(out)
+    except InputError:
+        return False
+    return True
+
+
+@contextmanager
+def _folder_of_run(out: Path, *, break_lock: bool) -> Iterator[None]:
+    """Hold a run's folder, made if need be; nothing half-written is in it before and after.
+
+    Where a bad input ends the run before it has a plan, all that was made is removed. After anything else, what is
+    prepared stays, and is used by the next call.
+    """
+    fresh = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        way = "free some space, then run the same command again"
-        raise OutputError(task.folder, f"cannot be written ({error.strerror})", way) from error
+        raise OutputError(out, f"cannot be made ({error.strerror})", "choose a folder you may write to") from error
+    try:
+        with writer_lock(out, break_lock=break_lock):
+            _sweep(out)
+            try:
+                yield
+            except (ConfigError, InputError) as error:
+                if not (isinstance(error, OutputError) or (out / "run.json").exists()):
+                    shutil.rmtree(out / "work", ignore_errors=True)
+                raise
+            finally:
+                _sweep(out)
     finally:
-        count()
-    said = tuple(str(w.message) for w in caught if issubclass(w.category, InputWarning))
-    return replace(task, sources=case.sources, warnings=said)
+        if fresh and not any(out.iterdir()):
+            out.rmdir()
 
 
-# Making shards
+def _sweep(out: Path) -> None:
+    """Remove what writers that were killed have left; only while the folder is locked."""
+    for folder in (out, out / "shards"):
+        for file in folder.glob("*.tmp-*"):
+            file.unlink(missing_ok=True)
+    for unfinished in (out / "work").glob("*.unfinished"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _pool(workers: int, scheduler: str | None, out: Path, config: SynthesisConfig, *, tasks: int) -> Pool:
+    if scheduler is None:
+        return LocalPool(min(workers, tasks), tasks=tasks)
+    from synthlong.dataset.cluster import DaskPool
+
+    return DaskPool(scheduler, folder=out, environment=environment(config.device))
 
 
 @dataclass(frozen=True)
-class _Job:
-    """What every worker needs to make shards; `cases` are (folder, patient)."""
+class _Shard:
+    """The task of making one shard; all else stands in the folder's plan."""
 
     out: Path
-    cases: list[tuple[Path, str]]
-    pairs: int
-    seed: int
-    shard_size: int
+    run_id: str
+    number: int
     config: SynthesisConfig
-    config_json: str
-    versions_json: str
 
 
 def _make_shards(
-    out: Path,
-    plan: dict[str, Any],
-    usable: list[tuple[CaseFiles, dict[str, str]]],
-    config: SynthesisConfig,
-    workers: int,
-    progress: Progress | None,
-) -> tuple[list[dict[str, Any]], int]:
-    """Make every shard that is not there; return all sidecars and how many pairs were there."""
+    pool: Pool, out: Path, plan: dict[str, Any], config: SynthesisConfig, progress: Progress | None
+) -> tuple[dict[int, dict[str, Any]], int, dict[int, str]]:
+    """Make every shard that is not there; return all sidecars, how many pairs were made, and what was lost."""
     pairs, shard_size = plan["pairs"], plan["shard_size"]
     numbers = range(-(-pairs // shard_size))
     sidecars = {n: sidecar for n in numbers if (sidecar := _done(out, n))}
     there = sum(sidecar["n"] for sidecar in sidecars.values())
-    todo = [n for n in numbers if n not in sidecars]
-    if todo:
-        work = _Job(
-            out=out,
-            cases=[(_case_folder(out, f.subject), f.patient) for f, _ in usable],
-            pairs=pairs,
-            seed=plan["seed"],
-            shard_size=shard_size,
-            config=config,
-            config_json=canonical_json(shard_config(plan)),
-            versions_json=canonical_json(plan["versions"]),
-        )
-        report = (lambda n: progress("pairs", there + n, pairs)) if progress else None
-        with worker_pool(min(workers, len(todo)), work) as pool:
-            sidecars |= dict(pool.run(_make_shard, todo, report))
-    return [sidecars[n] for n in numbers], there
+    todo = [_Shard(out, plan["run_id"], n, config) for n in numbers if n not in sidecars]
+    report = (lambda n: progress("pairs", there + n, pairs)) if progress else None
+    lost = {}
+    for result in pool.run(_make_shard, todo, report):
+        if isinstance(result, Lost):
+            number = result.task.number
+            after = f", the last time after {result.counted} pairs" if result.counted else ""
+            lost[number] = f"its worker died each time{after} ({result.problem})"
+        else:
+            number, sidecars[number] = result
+    return sidecars, sum(sidecar["n"] for sidecar in sidecars.values()) - there, lost
 
 
 def _done(out: Path, number: int) -> dict[str, Any] | None:
@@ -290,28 +264,31 @@ def _done(out: Path, number: int) -> dict[str, Any] | None:
     return sidecar if whole else None
 
 
-def _make_shard(number: int) -> tuple[int, dict[str, Any]]:
-    work: _Job = job()
-    _, painter, bank = _synthesis(work.config)
-    first = number * work.shard_size
+# In a worker
+
+
+def _make_shard(task: _Shard) -> tuple[int, dict[str, Any]]:
+    plan = _plan_of(task.out, task.run_id, task.config)
+    _, painter, bank = kept_synthesis(task.config)
+    first, cases = task.number * plan["shard_size"], plan["cases"]
     samples = []
-    for k in range(first, min(first + work.shard_size, work.pairs)):
+    for k in range(first, min(first + plan["shard_size"], plan["pairs"])):
         stop_if_told()
-        folder, patient = work.cases[k % len(work.cases)]
-        case = _opened(folder, work.config)
-        recipe = draw_recipe(case, work.config, rng_of(work.seed, case.id, k))
-        samples.append(_sample(render(case, recipe, painter=painter, bank=bank), patient))
+        record = cases[k % len(cases)]
+        case = _opened(case_folder(task.out / "work", record["subject"]), task.config)
+        recipe = draw_recipe(case, task.config, rng_of(plan["seed"], case.id, k))
+        samples.append(_sample(render(case, recipe, painter=painter, bank=bank), record["patient"]))
         count()
     sidecar = write_shard(
-        work.out,
-        number,
+        task.out,
+        task.number,
         samples,
         first_index=first,
-        config_json=work.config_json,
-        versions_json=work.versions_json,
-        compression=work.config.compression,
+        config_json=canonical_json(shard_config(plan)),
+        versions_json=canonical_json(plan["versions"]),
+        compression=task.config.compression,
     )
-    return number, sidecar
+    return task.number, sidecar
 
 
 def _sample(pair: Pair, patient: str) -> Sample:
@@ -327,11 +304,16 @@ def _sample(pair: Pair, patient: str) -> Sample:
     )
 
 
+@lru_cache(maxsize=1)
+def _plan_of(out: Path, run_id: str, config: SynthesisConfig) -> dict[str, Any]:
+    """Return the plan that the folder holds, checked once per process."""
+    plan = read_plan(out)
+    if plan["run_id"] != run_id:
+        raise OutputError(out, "its run.json was replaced while the run went on", "run the same command again")
+    check_assets(config, plan["assets"])
+    return plan
+
+
 @lru_cache(maxsize=_MOST_OPEN)
 def _opened(folder: Path, config: SynthesisConfig) -> Case:
     return open_case(folder, config)
-
-
-@lru_cache(maxsize=1)
-def _synthesis(config: SynthesisConfig) -> tuple[Inpainter, Painter, LesionBank]:
-    return synthesis_of(config)

@@ -1,0 +1,148 @@
+"""The cases of a run: each read, its lesions filled, and stored for the workers.
+
+A stored case carries a stamp of all that it depends on; it is made again only if that has changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import synthlong
+from synthlong.dataset.plan import asset_hashes
+from synthlong.dataset.pool import Lost, Pool, count
+from synthlong.dataset.store import store_case, stored_stamp
+from synthlong.errors import InputError, InputWarning, OutputError, SynthlongError
+from synthlong.inpainting import Inpainter, heal
+from synthlong.lesions import LesionBank, read_bank
+from synthlong.manifest import CaseFiles
+from synthlong.painting import LesionPainter
+from synthlong.pair import Painter, painter_of
+from synthlong.synthesis import SynthesisConfig
+
+__all__ = [
+    "Preparation",
+    "case_folder",
+    "check_assets",
+    "kept_synthesis",
+    "prepare_case",
+    "prepare_cases",
+    "synthesis_of",
+]
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """The task of preparing one case, and what came of it.
+
+    Args:
+        files: The case's files.
+        folder: Where it is stored.
+        config: Of the run.
+        assets: Result of `asset_hashes`.
+        prefer: Which of two disagreeing orientations of a scan is used.
+        sources: SHA-256 of each file, by role; of a prepared case.
+        warnings: What reading it had to say.
+        failure: Why it cannot be used, if so.
+    """
+
+    files: CaseFiles
+    folder: Path
+    config: SynthesisConfig
+    assets: dict[str, str]
+    prefer: str | None = None
+    sources: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    failure: str | None = None
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The case as a plan lists it."""
+        return {"subject": self.files.subject, "patient": self.files.patient, "sources": self.sources}
+
+
+def prepare_cases(
+    pool: Pool, tasks: Sequence[Preparation], report: Callable[[int], None] | None = None
+) -> tuple[list[Preparation], dict[str, str]]:
+    """Prepare cases in parallel; return the usable ones and what is wrong with the others, by subject.
+
+    Raises:
+        OutputError: There is no space, or a worker died of a case again and again.
+    """
+    done = []
+    for result in pool.run(prepare_case, tasks, report):
+        if isinstance(result, Lost):
+            problem = f"the process that prepared case '{result.task.files.subject}' was killed each time"
+            raise OutputError(result.task.files.flair, problem, "run it again with fewer --workers, or more memory")
+        done.append(result)
+    done.sort(key=lambda p: p.files.subject)
+    for text in (text for p in done for text in p.warnings):
+        warnings.warn(text, InputWarning, stacklevel=3)
+    return [p for p in done if p.failure is None], {p.files.subject: p.failure for p in done if p.failure is not None}
+
+
+def prepare_case(task: Preparation) -> Preparation:
+    """Prepare one case, unless it is there; return the task with its result filled in."""
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", InputWarning)
+            case = task.files.read(prefer=task.prefer)
+        stamp = {
+            "sources": case.sources,
+            "assets": task.assets,
+            "config": task.config.as_dict() | dict.fromkeys(task.assets),
+            "version": synthlong.__version__,
+        }
+        if stored_stamp(task.folder) != stamp:
+            inpainter, _, _ = kept_synthesis(task.config)
+            store_case(task.folder, heal(case, inpainter), task.config, stamp=stamp)
+    except OutputError:
+        raise
+    except SynthlongError as error:
+        return replace(task, failure=str(error))
+    except OSError as error:
+        way = "free some space, then run the same command again"
+        raise OutputError(task.folder, f"cannot be written ({error.strerror})", way) from error
+    finally:
+        count()
+    said = tuple(str(w.message) for w in caught if issubclass(w.category, InputWarning))
+    return replace(task, sources=case.sources, warnings=said)
+
+
+def case_folder(work: Path, subject: str) -> Path:
+    """Return where a prepared case lies; a name that any file system takes."""
+    return work / f"case-{hashlib.sha256(subject.encode()).hexdigest()[:16]}"
+
+
+def synthesis_of(config: SynthesisConfig) -> tuple[Inpainter, Painter, LesionBank]:
+    """Return the inpainter, the painter and the lesion bank that a config names."""
+
+    def path(name: str | None) -> Path | None:
+        return Path(name) if name else None
+
+    common: dict[str, Any] = {"precision": config.precision, "device": config.device}
+    network = config.painter == "network"
+    painter = LesionPainter.read(path(config.generator), **common) if network else painter_of(config.painter)
+    return Inpainter.read(path(config.inpainter), **common), painter, read_bank(path(config.lesion_bank))
+
+
+@lru_cache(maxsize=1)
+def kept_synthesis(config: SynthesisConfig) -> tuple[Inpainter, Painter, LesionBank]:
+    """Return `synthesis_of(config)`, read once per process."""
+    return synthesis_of(config)
+
+
+def check_assets(config: SynthesisConfig, assets: dict[str, str]) -> None:
+    """Raise unless prior, lesion bank and weights are those of a run.
+
+    Raises:
+        InputError: One is another.
+    """
+    for name, sha256 in asset_hashes(config).items():
+        if sha256 != assets[name]:
+            raise InputError(name, f"the run used another {name}", "name it by --config, as for `generate`")

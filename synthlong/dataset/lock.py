@@ -1,0 +1,128 @@
+"""One writer at a time in a run's folder: `OUT/.lock`, held by the kernel where it can, by its existence elsewhere.
+
+The kernel frees an `flock` when its holder dies, so a dead writer on this machine never needs clearing up. What it
+cannot tell is whether a writer on another machine lives, on file systems that do not share locks: a lock file that
+names another host is refused until the user breaks it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from synthlong.errors import InputWarning, OutputError
+
+try:
+    import fcntl
+except ImportError:  # not POSIX: the file's existence is the lock
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["LOCK", "writer_lock"]
+
+LOCK = ".lock"
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+_TRIES = 10
+
+
+@contextmanager
+def writer_lock(out: Path, *, break_lock: bool = False) -> Iterator[None]:
+    """Hold the lock of a folder for the length of a block, or refuse at once.
+
+    Args:
+        out: The folder; it exists.
+        break_lock: Take the lock from a holder that the kernel does not know: on another machine, or on a file
+            system without `flock`. Never from a live process of this machine.
+
+    Raises:
+        OutputError: Another process holds it, or the folder cannot be written to.
+    """
+    path = out / LOCK
+    try:
+        descriptor = _taken(path, break_lock)
+    except OSError as error:
+        raise OutputError(out, f"cannot be written ({error.strerror})", "choose a folder you may write to") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            if _is_file(descriptor, path):  # and not that of whoever broke the lock
+                path.unlink()
+        os.close(descriptor)
+
+
+def _taken(path: Path, break_lock: bool) -> int:
+    """Return a descriptor of the lock file, which is now ours."""
+    for _ in range(_TRIES):
+        try:
+            descriptor, created = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), True
+        except FileExistsError:
+            try:
+                descriptor, created = os.open(path, os.O_RDWR | os.O_CLOEXEC), False
+            except FileNotFoundError:  # its holder has just ended
+                continue
+        try:
+            if _locked(path, descriptor, created, break_lock):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+    raise OutputError(path.parent, "its lock changes hands all the time", "let one `generate` end first")
+
+
+def _locked(path: Path, descriptor: int, created: bool, break_lock: bool) -> bool:
+    """Lock the open file and write who holds it; False if the file has gone meanwhile."""
+    holder = {} if created else _holder(descriptor)
+    try:
+        if fcntl is None:
+            raise OSError(errno.ENOSYS, "no flock")
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        known_dead = holder.get("host") == socket.gethostname() or not holder
+    except BlockingIOError:
+        raise _refusal(path, holder, "wait until it has ended, or stop it") from None
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        text = f"{path.parent.name}: this file system has no flock; two writers are told apart by {LOCK} alone"
+        warnings.warn(text, InputWarning, stacklevel=4)
+        known_dead = created
+    if not known_dead:
+        if not break_lock:
+            raise _refusal(path, holder, "if that process is gone, add --break-lock")
+        path.unlink(missing_ok=True)
+        return False
+    if not _is_file(descriptor, path):
+        return False
+    mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(mine).encode(), 0)
+    return True
+
+
+def _holder(descriptor: int) -> dict[str, Any]:
+    try:
+        holder = json.loads(os.pread(descriptor, 4096, 0))
+    except ValueError:  # taken this instant, or by something else
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _refusal(path: Path, holder: dict[str, Any], way_out: str) -> OutputError:
+    who = f"process {holder['pid']} on {holder['host']} since {holder['since']}" if holder else "another process"
+    return OutputError(path.parent, f"locked by {who}", way_out)
+
+
+def _is_file(descriptor: int, path: Path) -> bool:
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(there, os.fstat(descriptor))
