@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test soak check bench clean
 
 demo: .venv/.runtime  ## the main job on the bundled scans
 	$(BIN)/synthlong demo -o demo
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 4
+
+soak: .venv/.dev  ## hundreds of kills and flipped bits; about half an hour
+	$(BIN)/python -m pytest -m soak -s
 
 check: .venv/.dev  ## what CI runs
 	$(BIN)/ruff check .
@@ -19,6 +22,7 @@ check: .venv/.dev  ## what CI runs
 bench: .venv/.dev
 	$(BIN)/python benchmarks/generate.py
 	$(BIN)/python benchmarks/artifacts.py
+	$(BIN)/python benchmarks/shards.py
 
 clean:
 	rm -rf .venv demo build *.egg-info

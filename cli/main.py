@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 import traceback
@@ -82,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _way_on(arguments: list[str]) -> str:
-    return "; the same command goes on from there" if arguments[:1] in (["generate"], ["fit"]) else ""
+    return f"; go on with: {shlex.join(['synthlong', *arguments])}" if arguments[:1] in (["generate"], ["fit"]) else ""
 
 
 def _explain(error: Exception) -> int:

@@ -1,3 +1,4 @@
+import csv
 import warnings
 from pathlib import Path
 
@@ -36,6 +37,27 @@ def _bundled(subject):
 def bundled():
     """`bundled("cs07")` gives the paths of a bundled scan and its mask."""
     return _bundled
+
+
+CROP = (72, 80, 64)
+
+
+@pytest.fixture(scope="session")
+def manifest(tmp_path_factory, bundled):
+    """Two patients: boxes of the bundled scans around their densest lesions, as NIfTI, and their manifest."""
+    folder = tmp_path_factory.mktemp("cases")
+    with open(folder / "cases.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["subject", "flair", "mask"])
+        for subject in ("cs07", "cs19"):
+            flair, mask = (nib.load(p) for p in bundled(subject))
+            where = np.argwhere(mask.get_fdata() > 0).mean(axis=0).astype(int)
+            start = np.clip(where - np.array(CROP) // 2, 0, np.array(flair.shape) - CROP)
+            box = tuple(slice(a, a + n) for a, n in zip(start, CROP, strict=True))
+            for name, image in (("FLAIR", flair), ("mask", mask)):
+                nib.save(image.slicer[box], folder / f"{subject}_{name}.nii.gz")
+            rows.writerow([subject, f"{subject}_FLAIR.nii.gz", f"{subject}_mask.nii.gz"])
+    return folder / "cases.csv"
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,12 @@
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
+from running import group_is_gone, started, wait_for
 
 from synthlong.atlas import ASSETS
 from synthlong.dataset.shards import ShardDataset
@@ -101,39 +100,17 @@ def test_demo_is_the_whole_line_on_real_scans(tmp_path):
     assert json.loads(recipe.read_text())["case"] == "cs07"
 
 
-def group_is_gone(group, *, within_s):
-    """Workers are gone when the parent is; multiprocessing's own helper follows when its pipe closes."""
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.1)
-    return False
-
-
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_run_leaves_no_worker_and_no_temporary(tmp_path, sent, code):
-    command = [sys.executable, "-m", "synthlong_cli.main", "generate", str(CASES), "-o", str(tmp_path / "out")]
-    command += ["--pairs", "500", "--seed", "1", "--shard-size", "4", "--workers", "1"]
-    process = subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
-    )
-    deadline = time.monotonic() + 240
-    while not list((tmp_path / "out").glob("shards/*.json")):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    process.send_signal(sent)
-    assert process.wait(timeout=60) == code
-    said = process.stderr.read()
-    process.stderr.close()
+    arguments = ["generate", CASES, "-o", tmp_path / "out", "--pairs", "500", "--seed", "1", "--shard-size", "4"]
+    with started(*arguments, "--workers", "1") as process:
+        wait_for(lambda: list((tmp_path / "out").glob("shards/*.json")), process)
+        process.send_signal(sent)
+        assert process.wait(timeout=60) == code
+        said = process.stderr.read()
+        assert group_is_gone(process.pid, within_s=5)
     assert "Traceback" not in said
-    assert "the same command goes on from there" in said
-    assert group_is_gone(process.pid, within_s=5)
+    assert f"go on with: synthlong generate {CASES} -o {tmp_path / 'out'} --pairs 500" in said
+    left = {p.name for p in (tmp_path / "out").iterdir()}
+    assert left == {"run.json", "shards", "work"}
     assert not list((tmp_path / "out").rglob("*.tmp-*"))

@@ -1,10 +1,11 @@
-import csv
 import json
 import warnings
 
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import CROP
+from running import bytes_of
 
 from synthlong import Recipe, ShardDataset
 from synthlong.dataset.export import export_pairs
@@ -14,29 +15,10 @@ from synthlong.dataset.run import generate
 from synthlong.errors import ConfigError, InputError, InputWarning, OutputError
 from synthlong.synthesis import SynthesisConfig
 
-SIDES = (72, 80, 64)
 CONFIG = SynthesisConfig(box=32, new_mean=4.0)
 OPTIONS = {"pairs": 7, "seed": 3, "shard_size": 3, "config": CONFIG}
 
 pytestmark = pytest.mark.filterwarnings("ignore::synthlong.errors.InputWarning")
-
-
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory, bundled):
-    """Two patients: boxes of the bundled scans around their densest lesions, as NIfTI, and their manifest."""
-    folder = tmp_path_factory.mktemp("cases")
-    with open(folder / "cases.csv", "w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["subject", "flair", "mask"])
-        for subject in ("cs07", "cs19"):
-            flair, mask = (nib.load(p) for p in bundled(subject))
-            where = np.argwhere(mask.get_fdata() > 0).mean(axis=0).astype(int)
-            start = np.clip(where - np.array(SIDES) // 2, 0, np.array(flair.shape) - SIDES)
-            box = tuple(slice(a, a + n) for a, n in zip(start, SIDES, strict=True))
-            for name, image in (("FLAIR", flair), ("mask", mask)):
-                nib.save(image.slicer[box], folder / f"{subject}_{name}.nii.gz")
-            rows.writerow([subject, f"{subject}_FLAIR.nii.gz", f"{subject}_mask.nii.gz"])
-    return folder / "cases.csv"
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +29,6 @@ def run(manifest):
         outcome = generate(manifest, out, workers=1, **OPTIONS)
     assert (outcome.pairs, outcome.shards, outcome.made, outcome.failures) == (7, 3, 7, {})
     return out
-
-
-def bytes_of(out):
-    return {p.relative_to(out).as_posix(): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
 
 
 def test_nothing_but_the_contract_is_left(run):
@@ -167,7 +145,7 @@ def test_replay_gives_the_pair_again(run):
         pair = replay(run, k)  # compares every array with the shard, bit for bit
         assert pair.baseline.shape == (32, 32, 32)
     whole = replay(run, 3, whole=True)
-    assert sorted(whole.baseline.shape) == sorted(SIDES)
+    assert sorted(whole.baseline.shape) == sorted(CROP)
     with pytest.raises(ConfigError, match=r"has pairs 0\.\.6, not 7"):
         replay(run, 7)
 
@@ -214,7 +192,7 @@ def test_preferred_orientation_is_part_of_the_run(manifest, tmp_path):
     with pytest.raises(ConfigError, match="prefer: qform -> sform"):
         generate(tmp_path / "cases.csv", tmp_path / "out", workers=1, prefer="sform", **few)
     sform = nib.load(manifest.parent / "cs07_FLAIR.nii.gz").affine
-    corner = min(sform[0, 3], (sform @ (SIDES[0] - 1, 0, 0, 1))[0])
+    corner = min(sform[0, 3], (sform @ (CROP[0] - 1, 0, 0, 1))[0])
     assert replay(tmp_path / "out", 0).recipe.origin_mm[0] == pytest.approx(corner + 3)
 
 

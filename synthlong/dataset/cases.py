@@ -106,8 +106,10 @@ def prepare_case(task: Preparation) -> Preparation:
     except SynthlongError as error:
         return replace(task, failure=str(error))
     except OSError as error:
-        way = "free some space, then run the same command again"
-        raise OutputError(task.folder, f"cannot be written ({error.strerror})", way) from error
+        way = "free some space or a quota, then run the same command again"
+        raise OutputError(
+            task.folder, f"cannot be written ({error.strerror or 'no space left, or a limit on file sizes'})", way
+        ) from error
     finally:
         count()
     said = tuple(str(w.message) for w in caught if issubclass(w.category, InputWarning))

@@ -99,7 +99,9 @@ class DaskPool(Pool):
         try:
             self._probe.write_text(token)
             self._demand = _Demand(self._probe.resolve(), token, environment, self._stop.name)
-            self._client.run(_check, self._demand)
+            workers = self._client.scheduler_info(n_workers=-1)["workers"]
+            asked = [self._client.submit(_check, self._demand, workers=[w], pure=False) for w in workers]
+            self._client.gather(asked)
         except BaseException:
             self.stop()
             raise

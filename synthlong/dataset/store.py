@@ -7,9 +7,12 @@ pair of each of a hundred cases must not pay that again. Everything lies under `
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -45,7 +48,8 @@ def store_case(folder: Path, case: Case, config: SynthesisConfig, *, stamp: dict
     arrays["profiles"] = profiles_of(case, config.max_event_mm3)
     arrays |= {"allowed": allowed_of(case, config.margin), "voxels": places.voxels, "cumulative": places.cumulative}
     for name, array in arrays.items():
-        np.save(unfinished / f"{name}.npy", np.ascontiguousarray(array), allow_pickle=False)
+        with _synced(unfinished / f"{name}.npy") as file:
+            np.save(file, np.ascontiguousarray(array), allow_pickle=False)
     plain = {
         "id": case.id,
         "affine": case.affine.tolist(),
@@ -57,9 +61,19 @@ def store_case(folder: Path, case: Case, config: SynthesisConfig, *, stamp: dict
         "boxes": [[[s.start, s.stop] for s in box] for box in lesions.boxes],
         "stamp": stamp,
     }
-    (unfinished / "case.json").write_text(json.dumps(plain))
+    with _synced(unfinished / "case.json") as file:
+        file.write(json.dumps(plain).encode())
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
+
+
+@contextmanager
+def _synced(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to write that is on the disk when the block ends."""
+    with path.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def stored_stamp(folder: Path) -> dict[str, Any] | None:

@@ -1,0 +1,77 @@
+"""Runs as the shell starts them: a process group of their own, signals, and what is left on disk."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+
+
+def bytes_of(out):
+    """Every file of a folder, by its relative path."""
+    return {p.relative_to(out).as_posix(): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
+
+
+@contextmanager
+def started(*arguments, **options):
+    """`synthlong ARGUMENTS` in a session of its own; killed when the block ends, if it still runs."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "synthlong_cli.main", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
+        **options,
+    )
+    try:
+        yield process
+    finally:
+        kill_group(process.pid)
+        process.communicate()
+
+
+def kill_group(group):
+    """SIGKILL, to all of them."""
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def wait_for(condition, process=None, *, within_s=240):
+    """Poll until `condition()` is true; fail if the process ends before."""
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert process is None or process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def workers_of(process):
+    """Process ids of a run's spawned workers."""
+    children = []
+    for entry in os.listdir("/proc"):
+        if not entry.isdecimal():
+            continue
+        try:
+            with open(f"/proc/{entry}/stat") as file:
+                parent = int(file.read().rsplit(")", 1)[1].split()[1])
+            with open(f"/proc/{entry}/cmdline") as file:
+                spawned = "spawn_main" in file.read()
+        except OSError:
+            continue
+        if parent == process.pid and spawned:
+            children.append(int(entry))
+    return children
+
+
+def group_is_gone(group, *, within_s):
+    """Workers are gone when the parent is; multiprocessing's own helper follows when its pipe closes."""
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False

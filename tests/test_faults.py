@@ -1,0 +1,267 @@
+"""What runs survive: each fault is injected into a real run, and the resumed one has the bytes of one left alone."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+
+import pytest
+from running import bytes_of, group_is_gone, kill_group, started, wait_for, workers_of
+
+from synthlong import SynthesisConfig
+from synthlong.dataset import plan, run
+from synthlong.dataset.lock import writer_lock
+from synthlong.dataset.run import generate
+from synthlong.errors import ConfigError, InputWarning, OutputError
+
+CONFIG = SynthesisConfig(box=32, new_mean=4.0)
+OPTIONS = {"pairs": 24, "seed": 5, "shard_size": 2, "config": CONFIG, "workers": 1}
+TOML = "box = 32\nnew_mean = 4.0\n"
+
+pytestmark = pytest.mark.filterwarnings("ignore::synthlong.errors.InputWarning")
+
+
+@pytest.fixture(scope="module")
+def whole(manifest):
+    """The run left alone: its folder lies beside the manifest, as do those of the tests, so `source` is the same."""
+    out = manifest.parent / "whole"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InputWarning)
+        generate(manifest, out, **OPTIONS)
+    return bytes_of(out)
+
+
+@pytest.fixture
+def out(manifest, request):
+    """Where a test's run goes."""
+    folder = manifest.parent / f"out-{abs(hash(request.node.nodeid))}"
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def arguments(manifest, out, workers=1):
+    config = manifest.parent / "config.toml"
+    config.write_text(TOML)
+    numbers = ["--pairs", "24", "--seed", "5", "--shard-size", "2", "--workers", workers]
+    return ["generate", manifest, "-o", out, "--config", config, *numbers]
+
+
+def shards_of(out):
+    return sorted((out / "shards").glob("*.json"))
+
+
+# Killed, stopped
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_ctrl_c_leaves_a_folder_that_goes_on(manifest, whole, out, count):
+    """Once or twice, to the whole group as a terminal sends it."""
+    with started(*arguments(manifest, out)) as process:
+        wait_for(lambda: len(shards_of(out)) >= count, process)
+        for _ in range(count):
+            os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=20) in (130, -signal.SIGINT)  # the shell's 130 both
+        assert "Traceback" not in process.stderr.read()
+        assert group_is_gone(process.pid, within_s=5)
+    assert not list(out.rglob("*.tmp-*"))
+    assert 0 < len(shards_of(out)) < 12
+    outcome = generate(manifest, out, **OPTIONS)
+    assert 0 < outcome.made < 24
+    assert bytes_of(out) == whole
+
+
+def test_killed_run_goes_on(manifest, whole, out):
+    """SIGKILL to all of it, in the middle; the next call finds no lock, and what was published is whole."""
+    with started(*arguments(manifest, out)) as process:
+        wait_for(lambda: len(shards_of(out)) >= 3, process)
+        kill_group(process.pid)
+        process.wait()
+    (out / "shards" / "00003.h5.tmp-1-cafe").write_bytes(b"what a killed writer leaves")
+    published = bytes_of(out / "shards")
+    for name, data in published.items():
+        assert ".tmp-" in name or data == whole[f"shards/{name}"]
+    generate(manifest, out, **OPTIONS)
+    assert bytes_of(out) == whole
+
+
+def test_orphaned_worker_ends(manifest, out):
+    """Only the parent is killed: its worker finishes the pair, sees that it is alone, and ends."""
+    with started(*arguments(manifest, out)) as process:
+        wait_for(lambda: len(shards_of(out)) >= 1, process)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert group_is_gone(process.pid, within_s=30)
+
+
+def test_killed_worker_is_replaced(manifest, whole, out):
+    with started(*arguments(manifest, out, workers=2)) as process:
+        wait_for(lambda: len(shards_of(out)) >= 1, process)
+        os.kill(workers_of(process)[0], signal.SIGKILL)
+        process.wait(timeout=240)
+        assert process.returncode == 0, process.stderr.read()
+    assert bytes_of(out) == whole
+
+
+def test_shard_that_kills_its_worker_is_reported_and_the_rest_is_made(manifest, whole, out, tmp_path):
+    """A limit on memory that only the large shard exceeds would depend on the machine; so one worker kills itself."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "def look(frame, event, argument):\n"
+        "    if event == 'call' and frame.f_code.co_name == '_make_shard' and frame.f_locals['task'].number == 1:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "sys.setprofile(look)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    with started(*arguments(manifest, out), env=os.environ | {"PYTHONPATH": path}) as process:
+        said, errors = process.communicate(timeout=240)
+        assert process.returncode == 1, errors
+    assert f"{out.name}/shards/00001.h5: its worker died each time" in errors
+    assert "not finished, 1 of 12 shards are missing" in said
+    assert not (out / "index.json").exists()
+    assert [p.stem for p in shards_of(out)] == [f"{n:05d}" for n in range(12) if n != 1]
+    assert generate(manifest, out, **OPTIONS).made == 2
+    assert bytes_of(out) == whole
+
+
+# The disk
+
+
+def test_disk_that_is_full_before_the_start(manifest, out, monkeypatch):
+    usage = shutil.disk_usage(manifest.parent)
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: usage._replace(free=5_000_000))
+    with pytest.raises(OutputError, match=r"the run needs about \d+ MB, 5 MB are free"):
+        generate(manifest, out, **OPTIONS)
+    assert not out.exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_disk_that_fills_up(manifest, whole, out, monkeypatch):
+    """A tmpfs: full while cases are prepared, full while shards are written, then large enough."""
+    out.mkdir()
+
+    def mount(size):
+        return subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", out], capture_output=True, check=False)
+
+    monkeypatch.setattr(run, "check_space", lambda *_, **__: None)  # or it would refuse at once
+    if mount("size=4m").returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        with pytest.raises(OutputError, match=r"no space left|No space left.*free some space"):
+            generate(manifest, out, **OPTIONS)
+        assert not list(out.rglob("*.unfinished"))
+        subprocess.run(["mount", "-o", "remount,size=100m", out], check=True)
+        filler = out / "work" / "filler"
+        filler.parent.mkdir(exist_ok=True)
+        stop_at = len(whole["shards/00000.h5"]) * 3
+
+        def fill(stage, done, _total):
+            if stage == "pairs" and not filler.exists():
+                left = os.statvfs(out)
+                filler.write_bytes(bytes(left.f_bavail * left.f_bsize - stop_at))
+
+        with pytest.raises(OutputError, match=r"no space left \(No space left on device\): needs \d") as failure:
+            generate(manifest, out, progress=fill, **OPTIONS)
+        assert failure.value.exit_code == 3
+        assert not list(out.rglob("*.tmp-*"))
+        for file in shards_of(out):
+            assert file.read_bytes() == whole[f"shards/{file.name}"]
+        filler.unlink()
+        generate(manifest, out, **OPTIONS)
+        assert bytes_of(out) == whole
+    finally:
+        subprocess.run(["umount", out], check=True)
+
+
+def test_file_size_limit(manifest, out):
+    """`ulimit -f`: the kernel refuses the write (EFBIG); nothing half-written is left, exit code 3."""
+    limited = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))}
+    command = [sys.executable, "-m", "synthlong_cli.main", *map(str, arguments(manifest, out))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, **limited)
+    assert done.returncode == 3
+    assert "a limit on file sizes" in done.stderr
+    assert len(done.stderr.splitlines()) <= 4
+    assert not list(out.rglob("*.unfinished"))
+    assert not list(out.rglob("*.tmp-*"))
+
+
+@pytest.mark.parametrize("place", ["/proc/synthlong", "{file}/below"])
+def test_places_that_cannot_be_written(manifest, tmp_path, place):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot be made") as failure:
+        generate(manifest, place.format(file=tmp_path / "file"), **OPTIONS)
+    assert failure.value.exit_code == 3
+
+
+# Others
+
+
+def test_second_writer_is_refused_and_the_first_goes_on(manifest, whole, out):
+    with started(*arguments(manifest, out)) as process:
+        wait_for(lambda: len(shards_of(out)) >= 1, process)
+        with pytest.raises(OutputError, match=f"locked by process {process.pid} on "):
+            generate(manifest, out, **OPTIONS)
+        process.wait(timeout=240)
+        assert process.returncode == 0, process.stderr.read()
+    assert bytes_of(out) == whole
+
+
+def test_lock_ends_with_the_run(manifest, whole, out):
+    out.mkdir()
+    with writer_lock(out), pytest.raises(OutputError, match="locked by"):
+        generate(manifest, out, **OPTIONS)
+    assert not list(out.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"machine": {"cpu": "AVX2", "device": "cpu"}}, r"machine\.cpu: .* -> AVX2"),
+        ({"versions": {"synthlong": "9.9", "torch": "1"}}, r"versions\.synthlong: .* -> 9\.9"),
+    ],
+)
+def test_resume_on_another_machine_or_version_is_refused(manifest, whole, out, monkeypatch, change, named):
+    for name, data in whole.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(data)
+    here = plan.environment("cpu")
+    monkeypatch.setattr(plan, "environment", lambda _: here | change)
+    with pytest.raises(ConfigError, match=named):
+        generate(manifest, out, **OPTIONS)
+    assert bytes_of(out) == whole
+
+
+def test_complete_run_mends_itself(manifest, whole, out):
+    """A shard lost after completion, or an index damaged: the same command makes what is missing, and only that."""
+    for name, data in whole.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(data)
+    (out / "shards" / "00004.h5").unlink()
+    (out / "index.json").write_bytes(whole["index.json"][:-40])
+    assert generate(manifest, out, **OPTIONS).made == 2
+    assert bytes_of(out) == whole
+
+
+def test_clocks_and_time_zones_decide_nothing(manifest, whole, out):
+    """Half a run made long ago in another zone; the other half, by files from the future."""
+    zone = os.environ | {"TZ": "Pacific/Kiritimati", "SOURCE_DATE_EPOCH": "1"}
+    with started(*arguments(manifest, out), env=zone) as process:
+        wait_for(lambda: len(shards_of(out)) >= 3, process)
+        kill_group(process.pid)
+    for k, file in enumerate(out.rglob("*")):
+        os.utime(file, (0, 0) if k % 2 else (4e9, 4e9))
+    assert generate(manifest, out, **OPTIONS).made <= 18
+    assert bytes_of(out) == whole
+
+
+def test_nothing_tells_of_user_host_or_home(whole, manifest):
+    secrets = {os.uname().nodename, os.path.expanduser("~"), str(manifest.parent.parent)}
+    for name, data in whole.items():
+        for secret in secrets:
+            assert len(secret) < 4 or secret.encode() not in data, (name, secret)
+    assert "generate" not in json.loads(whole["run.json"])
+    assert replace(CONFIG).as_dict()["box"] == 32
