@@ -23,6 +23,7 @@ _HOME = {
     "Inpainter": "inpainting",
     "LesionPainter": "painting",
     "ShardDataset": "dataset.shards",
+    "PairStream": "dataset.stream",
     "InputError": "errors",
     "ShardCorruptError": "errors",
 }

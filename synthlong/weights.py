@@ -113,7 +113,8 @@ def read_weights(path: Path, *, task: str) -> tuple[UNet, str]:
         raise InputError(path, f"not synthlong weights ({type(error).__name__})", way) from error
     if found != task:
         raise InputError(path, f"weights of the {found}, not of the {task}", way)
-    network = UNet(config)
+    with torch.random.fork_rng(devices=()):  # its first weights are drawn, only to be replaced
+        network = UNet(config)
     wanted = network.state_dict()
     if wanted.keys() != tensors.keys():
         odd = sorted(wanted.keys() ^ tensors.keys())

@@ -88,19 +88,21 @@ def prepare_cases(
 
 def prepare_case(task: Preparation) -> Preparation:
     """Prepare one case, unless it is there; return the task with its result filled in."""
+    stamp = {
+        "assets": task.assets,
+        "config": task.config.as_dict() | dict.fromkeys(task.assets),
+        "prefer": task.prefer,
+        "version": synthlong.__version__,
+    }
     try:
+        sources = task.files.hashes()
+        if stored_stamp(task.folder) == {**stamp, "sources": sources}:
+            return replace(task, sources=sources)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", InputWarning)
             case = task.files.read(prefer=task.prefer)
-        stamp = {
-            "sources": case.sources,
-            "assets": task.assets,
-            "config": task.config.as_dict() | dict.fromkeys(task.assets),
-            "version": synthlong.__version__,
-        }
-        if stored_stamp(task.folder) != stamp:
-            inpainter, _, _ = kept_synthesis(task.config)
-            store_case(task.folder, heal(case, inpainter), task.config, stamp=stamp)
+        inpainter, _, _ = kept_synthesis(task.config)
+        store_case(task.folder, heal(case, inpainter), task.config, stamp={**stamp, "sources": case.sources})
     except OutputError:
         raise
     except SynthlongError as error:

@@ -188,7 +188,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
             return sample
         if self.seed is None:
             return self.transform(sample)
-        with _seeded(self.seed, int(self._epoch), index):
+        with seeded(self.seed, int(self._epoch), index):
             return self.transform(sample)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -261,7 +261,7 @@ def _subjects_of(split: str | None, subjects: set[str], *, fold: int, folds: int
 
 
 @contextmanager
-def _seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
+def seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
     """Seed torch's generators for one sample and put them back after it."""
     state = int(np.random.SeedSequence((seed, epoch, index)).generate_state(1, np.uint64)[0])
     on_gpu = torch.cuda.is_initialized()

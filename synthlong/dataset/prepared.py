@@ -1,0 +1,186 @@
+"""Prepared cases that outlive a process: each in a folder named by a hash of all that it depends on.
+
+Processes that name the same folder share the work without a lock: each stores under a name of its own, then renames.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from synthlong.case import Case
+from synthlong.dataset.plan import environment
+from synthlong.dataset.shards import canonical_json
+from synthlong.dataset.store import open_case, store_case, stored_stamp
+from synthlong.errors import ConfigError, InputError, OutputError
+from synthlong.manifest import CaseFiles, find_cases
+from synthlong.synthesis import SynthesisConfig
+
+__all__ = ["PreparedCases", "one_thread", "plain_hash"]
+
+_MOST_OPEN = 16  # a case holds a dozen file descriptors while it is open
+_ARRAYS = ("flair", "lesions", "brain", "tissue", "healthy", "affine")
+
+
+class PreparedCases:
+    """Cases on disk, opened by number, in the order of their ids; pickled without their arrays.
+
+    Args:
+        cases: Manifest or folder of cases in MNI space, or the cases; those without `healthy` get it.
+        config: How pairs are drawn from them.
+        assets: Result of `asset_hashes`.
+        heal: Gives a case its healthy volume.
+        work: Where; default: a temporary folder, removed with this object.
+        begin: Which share of the cases to leave for last, 0 to 1: another for each process that shares the folder.
+
+    Attributes:
+        sha256: Of what all cases are made of.
+
+    Raises:
+        InputError: A case cannot be used.
+        OutputError: `work` cannot be written.
+    """
+
+    def __init__(
+        self,
+        cases: str | Path | Iterable[Case],
+        config: SynthesisConfig,
+        assets: dict[str, str],
+        *,
+        heal: Callable[[Case], Case],
+        work: str | Path | None = None,
+        begin: float = 0,
+    ) -> None:
+        found = _found(cases)
+        self._config, self._folder = config, _folder(work)
+        self._open: dict[int, Case] = {}
+        if work is None:
+            weakref.finalize(self, _remove, self._folder, os.getpid())
+        sources = {_id(one): _sources(one) for one in found}
+        self.sha256 = plain_hash(sources)
+        common = {"assets": assets, "config": config.as_dict() | dict.fromkeys(assets), **environment(config.device)}
+        stamps = [{"id": _id(one), "sources": sources[_id(one)], **common} for one in found]
+        self._names = [f"case-{plain_hash(stamp)}" for stamp in stamps]
+        first = int(begin * len(found))
+        for n in (*range(first, len(found)), *range(first)):
+            folder, one = self._folder / self._names[n], found[n]
+            if stored_stamp(folder) != stamps[n]:
+                case = one.read() if isinstance(one, CaseFiles) else one
+                _store(folder, heal(case) if case.healthy is None else case, config, stamps[n])
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, number: int) -> Case:
+        if number not in self._open:
+            if len(self._open) >= _MOST_OPEN:
+                del self._open[next(iter(self._open))]
+            folder = self._folder / self._names[number]
+            try:
+                self._open[number] = open_case(folder, self._config)
+            except (OSError, ValueError, KeyError) as error:
+                problem = f"a prepared case cannot be opened ({getattr(error, 'strerror', None) or error})"
+                way = "remove the folder if it is there, and make the stream anew"
+                raise InputError(folder, problem, way) from error
+        return self._open[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": {}}
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one torch thread, as workers do: with two, the bits of a result change."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def plain_hash(plain: Any) -> str:
+    """Return a short hash of plain JSON."""
+    return hashlib.sha256(canonical_json(plain).encode()).hexdigest()[:16]
+
+
+def _found(cases: str | Path | Iterable[Case]) -> list[CaseFiles | Case]:
+    """Return the cases or their files, sorted by id."""
+    if isinstance(cases, (str, Path)):
+        return list(find_cases(cases))
+    found = sorted(cases, key=_id)
+    if not found:
+        raise ConfigError("cases is empty: give at least one")
+    for one, other in pairwise(found):
+        if one.id == other.id:
+            raise InputError(one.id, "two cases have this id", "give each its own")
+    return list(found)
+
+
+def _id(one: CaseFiles | Case) -> str:
+    return one.subject if isinstance(one, CaseFiles) else one.id
+
+
+def _sources(one: CaseFiles | Case) -> dict[str, str]:
+    """Return the SHA-256 of all that a case is made of: of its files, or of its arrays if it has been read."""
+    if isinstance(one, CaseFiles):
+        try:
+            return one.hashes()
+        except OSError as error:
+            problem = f"cannot be read ({error.strerror})"
+            raise InputError(error.filename or one.flair, problem, "check the path and the permissions") from error
+    arrays = {name: getattr(one, name) for name in _ARRAYS}
+    sums = {
+        name: hashlib.sha256(f"{a.dtype.str}{a.shape}".encode() + np.ascontiguousarray(a).tobytes()).hexdigest()
+        for name, a in arrays.items()
+        if a is not None
+    }
+    return {**sums, "scan": repr((float(one.scan_mean), float(one.scan_sd)))}
+
+
+def _folder(work: str | Path | None) -> Path:
+    """Return the folder of the prepared cases, made if need be."""
+    try:
+        if work is None:
+            return Path(tempfile.mkdtemp(prefix="synthlong-"))
+        Path(work).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        way = "name a folder that you may write to by work="
+        raise OutputError(work or tempfile.gettempdir(), f"cannot be made ({error.strerror})", way) from error
+    return Path(work).absolute()
+
+
+def _store(folder: Path, case: Case, config: SynthesisConfig, stamp: dict[str, Any]) -> None:
+    """Store a case under a name of its own, then rename it: another process may be storing the same."""
+    own = folder.with_name(f"{folder.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        store_case(own, case, config, stamp=stamp)
+        try:
+            own.rename(folder)
+        except OSError:
+            if stored_stamp(folder) != stamp:
+                raise
+    except OSError as error:
+        way = "free some space, or name another folder by work="
+        raise OutputError(folder, f"a prepared case cannot be written ({error.strerror})", way) from error
+    finally:
+        for left in (own, own.with_name(own.name + ".unfinished")):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _remove(folder: Path, process: int) -> None:
+    """Remove a temporary folder, in the process that made it: a forked worker has the stream, too."""
+    if os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)
