@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from . import atlas, augment, check, demo, export, fit, generate, replay, report
+from . import atlas, augment, check, demo, export, fit, generate, replay, report, verify
 
 __all__ = ["app", "main"]
 
@@ -26,6 +26,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("check")(check.check)
 app.command("generate")(generate.generate)
+app.command("verify")(verify.verify)
 app.command("report")(report.report)
 app.command("export")(export.export)
 app.command("replay")(replay.replay)

@@ -9,7 +9,6 @@ run that stopped goes on when it is called again: every shard without a valid re
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import time
@@ -22,6 +21,7 @@ from typing import Any
 
 from synthlong.case import Case
 from synthlong.dataset.cases import Preparation, case_folder, check_assets, kept_synthesis, prepare_cases
+from synthlong.dataset.index import found_files, planned_shards, read_sidecar
 from synthlong.dataset.lock import writer_lock
 from synthlong.dataset.plan import (
     adopt_plan,
@@ -140,7 +140,7 @@ def generate(
         return Outcome(pairs, shards, 0, 0.0)
     with _folder_of_run(out, break_lock=break_lock):
         per_pair = _MB_PER_PAIR[config.compression] * (config.box / 64) ** 3
-        left = max(0, pairs - shard_size * len(list((out / "shards").glob("*.json"))))
+        left = max(0, pairs - shard_size * len(found_files(out, ".json")))
         check_space(out, need_mb=left * per_pair + len(files) * _MB_PER_CASE)
         tasks = [Preparation(f, case_folder(out / "work", f.subject), config, assets, prefer) for f in files]
         with _pool(workers, scheduler, out, config, tasks=len(tasks) + shards) as pool:
@@ -236,8 +236,7 @@ def _make_shards(
     pool: Pool, out: Path, plan: dict[str, Any], config: SynthesisConfig, progress: Progress | None
 ) -> tuple[dict[int, dict[str, Any]], int, dict[int, str]]:
     """Make every shard that is not there; return all sidecars, how many pairs were made, and what was lost."""
-    pairs, shard_size = plan["pairs"], plan["shard_size"]
-    numbers = range(-(-pairs // shard_size))
+    pairs, numbers = plan["pairs"], range(len(planned_shards(plan)))
     sidecars = {n: sidecar for n in numbers if (sidecar := _done(out, n))}
     there = sum(sidecar["n"] for sidecar in sidecars.values())
     todo = [_Shard(out, plan["run_id"], n, config) for n in numbers if n not in sidecars]
@@ -257,9 +256,9 @@ def _done(out: Path, number: int) -> dict[str, Any] | None:
     """Return the sidecar of a shard that is there, whole and unchanged."""
     path = shard_path(out, number)
     try:
-        sidecar = json.loads(path.with_suffix(".json").read_bytes())
+        sidecar = read_sidecar(path.with_suffix(".json"))
         whole = hashlib.sha256(path.read_bytes()).hexdigest() == sidecar["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, InputError):
         return None
     return sidecar if whole else None
 
@@ -270,9 +269,9 @@ def _done(out: Path, number: int) -> dict[str, Any] | None:
 def _make_shard(task: _Shard) -> tuple[int, dict[str, Any]]:
     plan = _plan_of(task.out, task.run_id, task.config)
     _, painter, bank = kept_synthesis(task.config)
-    first, cases = task.number * plan["shard_size"], plan["cases"]
+    cases, numbers = plan["cases"], planned_shards(plan)[task.number]
     samples = []
-    for k in range(first, min(first + plan["shard_size"], plan["pairs"])):
+    for k in numbers:
         stop_if_told()
         record = cases[k % len(cases)]
         case = _opened(case_folder(task.out / "work", record["subject"]), task.config)
@@ -283,7 +282,7 @@ def _make_shard(task: _Shard) -> tuple[int, dict[str, Any]]:
         task.out,
         task.number,
         samples,
-        first_index=first,
+        first_index=numbers.start,
         config_json=canonical_json(shard_config(plan)),
         versions_json=canonical_json(plan["versions"]),
         compression=task.config.compression,

@@ -1,27 +1,28 @@
-"""The shards of a run: their index, and all of them as a torch dataset.
+"""The shards of a run as a torch dataset.
 
-`OUT/index.json`, written last, is the record that the run is complete. One shard file is written by
-`writer` and read by `reader`; this module gives the names of both that other rooms use.
+One shard file is written by `writer` and read by `reader`, `index` knows which shards there are; this module
+gives the names of all three that other rooms use.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 import operator
-import os
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from numpy.typing import NDArray
+from torch.utils.data import Dataset, get_worker_info
 
-from synthlong.dataset.reader import IMAGES, MASKS, SCHEMA, VOLUMES, ShardReader, check_schema
+from synthlong.dataset.index import Index, found_files, write_index
+from synthlong.dataset.reader import IMAGES, MASKS, SCHEMA, VOLUMES, Layout, ShardReader
 from synthlong.dataset.writer import Sample, canonical_json, encode_shard, publish, shard_path, write_shard
 from synthlong.errors import ConfigError, InputError, ShardCorruptError
 
@@ -30,9 +31,9 @@ __all__ = [
     "MASKS",
     "SCHEMA",
     "VOLUMES",
+    "Index",
     "Sample",
     "ShardDataset",
-    "ShardReader",
     "canonical_json",
     "encode_shard",
     "publish",
@@ -43,80 +44,31 @@ __all__ = [
 ]
 
 _MAX_OPEN = 16
-
-
-def write_index(out: str | Path, run_id: str, sidecars: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Publish `out/index.json` from the sidecars of shards 0, 1, 2, ... and return it.
-
-    Its `sha256` is that of its own canonical JSON without this key.
-    """
-    shards = [
-        {
-            "file": f"shards/{number:05d}.h5",
-            "bytes": sidecar["bytes"],
-            "sha256": sidecar["sha256"],
-            "n": sidecar["n"],
-            "samples": [{"index": s["index"], "subject": s["subject"]} for s in sidecar["samples"]],
-        }
-        for number, sidecar in enumerate(sidecars)
-    ]
-    indices = [sample["index"] for shard in shards for sample in shard["samples"]]
-    if not indices or any(b <= a for a, b in pairwise(indices)):
-        raise ValueError("sidecars must be in shard order, with rising sample indices")
-    index: dict[str, Any] = {"schema": SCHEMA, "run_id": run_id, "n": len(indices), "shards": shards}
-    index["sha256"] = _index_sha256(index)
-    publish(Path(out) / "index.json", canonical_json(index).encode())
-    return index
+_CHECKS = ("always", "first", "off")
+_LOG = logging.getLogger("synthlong")
 
 
 def read_index(out: str | Path) -> dict[str, Any]:
-    """Return `out/index.json` after checking its schema and the hash of itself.
-
-    Raises:
-        InputError: There is no folder or no index (the run is not finished), or it was changed.
-    """
-    out = Path(out)
-    path = out / "index.json"
-    rebuild = f"rebuild it with `synthlong verify {out.name} --rebuild-index`"
-    try:
-        index = json.loads(path.read_bytes())
-        untouched = isinstance(index, dict) and index.get("sha256") == _index_sha256(index)
-    except FileNotFoundError:
-        if not out.is_dir():
-            raise InputError(out, "no such folder", "give the folder that `generate` wrote") from None
-        done = len(list((out / "shards").glob("*.json")))
-        problem = f"not finished: {done} shards done, no index.json"
-        raise InputError(out, problem, "resume it: run the same `synthlong generate` again") from None
-    except OSError as error:
-        problem = f"cannot be read ({error.strerror})"
-        raise InputError(path, problem, "check the disk and the file's permissions") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(path, "is not JSON", rebuild) from error
-    if not untouched:
-        raise InputError(path, "does not match the hash of itself", rebuild)
-    check_schema(path, index.get("schema"))
-    try:
-        whole = index["n"] == sum(shard["n"] for shard in index["shards"]) and all(
-            (out / shard["file"], shard["n"]) == (shard_path(out, number), len(shard["samples"]))
-            and all(type(s["index"]) is int and type(s["subject"]) is str for s in shard["samples"])
-            for number, shard in enumerate(index["shards"])
-        )
-    except (KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise InputError(path, "is not an index of shards", rebuild)
-    return index
+    """Return the index of a complete run, with `{index, subject}` of every sample; see `Index.read`."""
+    index = Index.read(Path(out))
+    names = iter([index.subjects[k] for k in index.subject])
+    shards = [
+        {"samples": [{"index": first + k, "subject": next(names)} for k in range(n)]}
+        for n, first in index.shards[["n", "first"]].tolist()
+    ]
+    return {"schema": SCHEMA, "run_id": index.run_id, "sha256": index.sha256, "shards": shards}
 
 
 class ShardDataset(Dataset[dict[str, Any]]):
     """What `generate` wrote, as a map-style torch dataset.
 
-    `[i]` is a dict: images float32 `(1, S, S, S)`, masks uint8 `(1, S, S, S)`, `recipe` a JSON string.
-    Shards are opened when first read, in each process anew, and at most 16 at a time; an object must
-    not be shared between threads.
+    `[i]` is a dict: images float32 `(1, S, S, S)`, masks uint8 `(1, S, S, S)`, `recipe` a JSON string. What it
+    holds is decided when it is made: the index, and the size of each shard, are read once. Shards are opened
+    when first read, at most 16 at a time; nothing is locked or written. It may be sent to other processes, before
+    or after a read, but not shared between threads.
 
     Args:
-        out: Folder with a complete run (`index.json`).
+        out: Folder of a run.
         keys: Which entries to read; default all.
         transform: Called with each sample's dict; its result is returned in its place.
         seed: If given, `transform` runs with torch's generators seeded from `(seed, epoch, index)` and
@@ -124,10 +76,14 @@ class ShardDataset(Dataset[dict[str, Any]]):
         split: "train" or "validation", by source subject; None gives all samples.
         fold: Which of the `folds` parts of the subjects is for validation.
         folds: Number of parts, from 2 to the number of subjects.
+        check: "always": a shard's SHA-256 when a process first reads it, and a crc32c at every read;
+            "first": the SHA-256 only; "off": no more than the shards' sizes.
+        allow_missing: Go on without shards that are missing, and log how many samples are left.
+        partial: Read a run that is not complete: the shards that are finished now.
 
     Raises:
         InputError: The run is not finished, or shards are missing.
-        ShardCorruptError: A shard has another size than the index says.
+        ShardCorruptError: A shard has another size than the index says; when it is read, other bytes.
         ConfigError: An option outside its range.
     """
 
@@ -141,31 +97,35 @@ class ShardDataset(Dataset[dict[str, Any]]):
         split: str | None = None,
         fold: int = 0,
         folds: int = 5,
+        check: str = "always",
+        allow_missing: bool = False,
+        partial: bool = False,
     ) -> None:
         self.out = Path(out)
         self.keys = (*VOLUMES, "recipe") if keys is None else tuple(keys)
         if unknown := set(self.keys) - {*VOLUMES, "recipe"}:
             raise ConfigError(f"keys must be of {(*VOLUMES, 'recipe')}, not {sorted(unknown)}")
+        self._names = tuple(key for key in self.keys if key != "recipe")
         if seed is not None and seed < 0:
             raise ConfigError(f"seed must be 0 or more, not {seed}")
-        self.transform, self.seed = transform, seed
-        shards = read_index(self.out)["shards"]
-        self._shards = [(shard["bytes"], shard["n"]) for shard in shards]
-        self._check_files()
+        if check not in _CHECKS:
+            raise ConfigError(f"check must be one of {_CHECKS}, not {check!r}")
+        self.transform, self.seed, self.check = transform, seed, check
 
-        rows = [
-            (number, position, sample["index"], sample["subject"])
-            for number, shard in enumerate(shards)
-            for position, sample in enumerate(shard["samples"])
-        ]
-        chosen = _subjects_of(split, {subject for *_, subject in rows}, fold=fold, folds=folds)
-        self.subjects = sorted(chosen)  # a list, and rows an array, keep the pickle small
-        self._rows = np.array([row[:3] for row in rows if row[3] in chosen], np.int64).reshape(-1, 3)
-        self._readers: OrderedDict[int, ShardReader] = OrderedDict()
-        self._process = os.getpid()
+        complete = not partial or (self.out / "index.json").exists()
+        index = Index.read(self.out) if complete else Index.of_finished(self.out)
+        self._run_id = None if complete else index.run_id  # the index tells whose the shards are, sidecars do not
+        self._shards = index.shards
+        chosen = _subjects_of(split, index.subjects, fold=fold, folds=folds)
+        self.subjects = sorted(chosen)
+        there = self._find_files(index, allow_missing)
+        of_split = np.array([name in chosen for name in index.subjects])[index.subject]
+        rows = of_split & np.repeat(there, index.shards["n"])
+        self._bits = np.packbits(rows)  # a bit for each: a state that is pickled for every worker has to be small
         self._epoch = torch.zeros((), dtype=torch.int64)
         if transform is not None and seed is not None:
             self._epoch.share_memory_()  # persistent workers see `set_epoch` too
+        self.__setstate__({})
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -174,25 +134,28 @@ class ShardDataset(Dataset[dict[str, Any]]):
         row = operator.index(item)
         if not -len(self) <= row < len(self):
             raise IndexError(f"sample {row} of {len(self)}")
-        shard, position, index = map(int, self._rows[row])
-        reader = self._reader(shard)
-        sample: dict[str, Any] = {}
-        for key in self.keys:
-            if key == "recipe":
-                sample[key] = reader.recipe(position)
-            else:
-                volume = reader.volume(key, position)
-                dtype = np.float32 if key in IMAGES else np.uint8
-                sample[key] = torch.from_numpy(volume.astype(dtype, copy=False)[None])
+        at = int(self._rows[row])
+        shard = int(self._ends.searchsorted(at, side="right"))
+        position = at - int(self._ends[shard]) + int(self._shards["n"][shard])
+        sample = self._read(shard, position)
         if self.transform is None:
             return sample
         if self.seed is None:
             return self.transform(sample)
-        with seeded(self.seed, int(self._epoch), index):
+        with seeded(self.seed, int(self._epoch), int(self._shards["first"][shard]) + position):
             return self.transform(sample)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_readers": OrderedDict()}
+        derived = ("_ends", "_rows", "_layouts", "_readers")
+        return {name: value for name, value in self.__dict__.items() if name not in derived}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._ends = self._shards["n"].cumsum()
+        self._rows = np.unpackbits(self._bits).nonzero()[0]
+        self._layouts: dict[int, Layout] = {}
+        self._readers: OrderedDict[int, ShardReader] = OrderedDict()
+        np.empty(2**24, np.uint8)  # once it is freed, malloc keeps as much at hand: reading then costs no page faults
 
     def set_epoch(self, epoch: int) -> None:
         """Give `transform` new draws; call it before each pass over the data."""
@@ -200,55 +163,78 @@ class ShardDataset(Dataset[dict[str, Any]]):
             raise ConfigError(f"epoch must be 0 or more, not {epoch}")
         self._epoch.fill_(epoch)
 
-    def _check_files(self) -> None:
-        missing = [
-            shard_path(self.out, number).name for number in range(len(self._shards)) if self._size(number) is None
-        ]
-        if missing:
-            problem = f"{len(missing)} of {len(self._shards)} shards missing: {', '.join(missing)}"
-            raise InputError(self.out, problem, "copy them again or generate the run anew")
+    def _find_files(self, index: Index, allow_missing: bool) -> NDArray[np.bool_]:
+        """Return which shards are there; raise if one has another size than the index says."""
+        found, names = found_files(self.out, ".h5"), index.names()
+        sizes = np.array([found.get(name, -1) for name in names], np.int64)
+        there = sizes >= 0
+        for k in np.flatnonzero(there & (sizes != self._shards["bytes"])):
+            problem = f"has {sizes[k]} bytes, the index says {self._shards['bytes'][k]}"
+            raise ShardCorruptError(self.out / "shards" / names[k], None, problem)
+        if not there.all():
+            missing = [name for name, is_there in zip(names, there, strict=True) if not is_there]
+            problem = f"{len(missing)} of {len(names)} shards missing: {', '.join(missing)}"
+            if not allow_missing:
+                raise InputError(self.out, problem, "copy them again or use allow_missing=True")
+            left = int(self._shards["n"][there].sum())
+            _LOG.warning("%s: %s; %d of %d samples are left", self.out.name, problem, left, len(index.subject))
+        return there
 
-    def _size(self, shard: int) -> int | None:
-        """Return the size of a shard's file, None if there is none; raise if it is not the index's."""
-        path, expected = shard_path(self.out, shard), self._shards[shard][0]
+    def _read(self, shard: int, position: int) -> dict[str, Any]:
+        """Return a sample as it is stored."""
         try:
-            size = path.stat().st_size
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            problem = f"cannot be read ({error.strerror})"
-            raise InputError(path, problem, "check the disk and the permissions") from error
-        if size != expected:
-            raise ShardCorruptError(path, None, f"has {size} bytes, the index says {expected}")
-        return size
+            reader = self._reader(shard)
+            volumes = reader.volumes(position, self._names)
+            sample: dict[str, Any] = {}
+            for key in self.keys:
+                if key == "recipe":
+                    sample[key] = reader.recipe(position)
+                else:
+                    volume = torch.from_numpy(volumes[key][None])
+                    sample[key] = volume.float() if key in IMAGES else volume
+            return sample
+        except ShardCorruptError as error:
+            raise (_CorruptInWorker(str(error)) if get_worker_info() else error) from error
 
     def _reader(self, shard: int) -> ShardReader:
-        if self._process != os.getpid():  # after a fork the parent's handles are not ours to use
-            self._process, self._readers = os.getpid(), OrderedDict()
+        """Return an open shard; one that is new to this process, or is a new file, is checked first."""
         if shard in self._readers:
             self._readers.move_to_end(shard)
             return self._readers[shard]
         while len(self._readers) >= _MAX_OPEN:
             self._readers.popitem(last=False)[1].close()
-        self._size(shard)  # it may have been replaced since this dataset was opened
-        reader = ShardReader(shard_path(self.out, shard))
-        if reader.n != self._shards[shard][1]:
-            reader.close()
-            problem = f"has {reader.n} samples, the index says {self._shards[shard][1]}"
-            raise ShardCorruptError(reader.path, None, problem)
-        self._readers[shard] = reader
+        number, n, _, size, sha256 = self._shards[shard].item()
+        reader = ShardReader(
+            shard_path(self.out, number),
+            size=size,
+            sha256=None if self.check == "off" else sha256,
+            sums=self.check == "always",
+            layout=self._layouts.get(shard),
+        )
+        if reader.n != n:
+            raise ShardCorruptError(reader.path, None, f"has {reader.n} samples, the index says {n}")
+        if self._run_id and self.check != "off" and reader.run_id() != self._run_id:
+            raise ShardCorruptError(reader.path, None, "belongs to another run")
+        self._layouts[shard], self._readers[shard] = reader.layout, reader
         return reader
 
 
-def _index_sha256(index: dict[str, Any]) -> str:
-    rest = {key: value for key, value in index.items() if key != "sha256"}
-    return hashlib.sha256(canonical_json(rest).encode()).hexdigest()
+class _CorruptInWorker(ShardCorruptError):
+    """`ShardCorruptError` as a DataLoader can hand it on: torch makes a worker's error anew from its text alone."""
+
+    def __init__(self, text: str) -> None:
+        path, sample = re.findall(r"(\S+\.h5): (?:sample (\d+): )?", text)[-1]
+        super().__init__(path, int(sample) if sample else None, text)
+        self.args = (text,)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
-def _subjects_of(split: str | None, subjects: set[str], *, fold: int, folds: int) -> set[str]:
+def _subjects_of(split: str | None, subjects: Sequence[str], *, fold: int, folds: int) -> set[str]:
     """Return the subjects on one side of a fold: dealt out in the order of their ids' SHA-256."""
     if split is None:
-        return subjects
+        return set(subjects)
     if split not in ("train", "validation"):
         raise ConfigError(f"split must be 'train' or 'validation', not {split!r}")
     if not 2 <= folds <= len(subjects):
@@ -257,7 +243,7 @@ def _subjects_of(split: str | None, subjects: set[str], *, fold: int, folds: int
         raise ConfigError(f"fold must be from 0 to {folds - 1}, not {fold}")
     dealt = sorted(subjects, key=lambda subject: hashlib.sha256(subject.encode()).digest())
     validation = set(dealt[fold::folds])
-    return validation if split == "validation" else subjects - validation
+    return validation if split == "validation" else set(subjects) - validation
 
 
 @contextmanager

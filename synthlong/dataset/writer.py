@@ -101,15 +101,18 @@ def encode_shard(
     recipes = [sample.recipe.encode() for sample in samples]
 
     buffer = io.BytesIO()
-    with _blosc_environment_ignored(), h5py.File(buffer, "w", libver="latest") as file:
+    with _blosc_environment_ignored(), h5py.File(buffer, "w", libver="latest", rdcc_nbytes=0) as file:
         file.attrs["schema"] = SCHEMA  # first of all: `reader` looks for it at the head of the file
         file.attrs["config"] = config_json
         file.attrs["versions"] = versions_json
         file.attrs["spacing_mm"] = np.float64(spacing_mm)
-        for name, dtype in VOLUMES.items():
-            shape = (side, side, side)
-            dataset = _create(file, name, dtype, (n, *shape), chunk=(1, *shape), compression=compression)
-            for k, arrays in enumerate(stored):
+        shape = (side, side, side)
+        volumes = {
+            name: _create(file, name, dtype, (n, *shape), chunk=(1, *shape), compression=compression)
+            for name, dtype in VOLUMES.items()
+        }
+        for k, arrays in enumerate(stored):
+            for name, dataset in volumes.items():
                 dataset[k] = arrays[name]
         for name, values in (
             ("recipe_json", np.frombuffer(b"".join(recipes), np.uint8)),
