@@ -7,13 +7,18 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import suppress
 
 import pytest
 from running import bytes_of, kill_group, started
 from test_faults import OPTIONS, arguments
+from test_reader import flips
+from test_shards import flip_bit
 
+from synthlong import ShardDataset
 from synthlong.dataset.run import generate
-from synthlong.errors import InputWarning
+from synthlong.dataset.verify import verify
+from synthlong.errors import InputWarning, ShardCorruptError
 
 PUBLISH = """
 import sys
@@ -79,3 +84,25 @@ def test_forty_kills_of_whole_runs(manifest):
         assert bytes_of(out) == expected
         shutil.rmtree(out)
     print(f"\nruns: {kills} kills, {runs} runs completed, all bytes those of a run left alone")
+
+
+def test_five_hundred_flipped_bits_of_a_real_run(manifest):
+    """Half of them in a shard's first 6 KB; each is found by `verify`, and no read returns other numbers."""
+    out = manifest.parent / "flipped"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InputWarning)
+        generate(manifest, out, **OPTIONS)
+    found = refused = 0
+    for number in range(12):
+        shard = out / "shards" / f"{number:05d}.h5"
+        for offset, bit in flips(shard, 21, seed=number):
+            flip_bit(shard, offset, bit)
+            found += [p.file for p in verify(out).problems] == [f"shards/{shard.name}"]
+            with suppress(ShardCorruptError):
+                ShardDataset(out)[number * OPTIONS["shard_size"]]
+                refused -= 1
+            refused += 1
+            flip_bit(shard, offset, bit)
+    print(f"\nflips: 504, found by verify {found}, refused by the reader {refused}")
+    assert found == refused == 504
+    assert not verify(out).problems
