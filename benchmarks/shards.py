@@ -79,7 +79,7 @@ def plain_hdf5(folder: Path, pairs: list[Arrays], **filters: Any) -> Reader:
             file["recipe"] = [pair["recipe"] for pair in part]
 
     def opened() -> list[dict[str, Any]]:
-        files = [h5py.File(folder / f"{number}.h5") for number in range(len(parts))]
+        files = [h5py.File(folder / f"{number}.h5", rdcc_nbytes=0) for number in range(len(parts))]
         return [{name: file[name] for name in (*VOLUMES, "recipe")} for file in files]
 
     def read(files: list[dict[str, Any]], i: int) -> Arrays:
@@ -93,7 +93,7 @@ def synthlong_by_h5py(folder: Path, pairs: list[Arrays]) -> Reader:
     write_shards(folder, pairs)
 
     def opened() -> list[dict[str, Any]]:
-        files = [h5py.File(path, locking=False) for path in sorted(folder.glob("shards/*.h5"))]
+        files = [h5py.File(path, locking=False, rdcc_nbytes=0) for path in sorted(folder.glob("shards/*.h5"))]
         return [{name: file[name] for name in (*VOLUMES, "recipe_json", "recipe_end")} for file in files]
 
     def read(files: list[dict[str, Any]], i: int) -> Arrays:

@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from synthlong.atlas import lesion_prior
 from synthlong.dataset.plan import read_plan
-from synthlong.dataset.shards import ShardDataset, publish, read_index
+from synthlong.dataset.shards import SCHEMA, Index, ShardDataset, publish
 from synthlong.errors import ConfigError
 from synthlong.pair import ENLARGED, NEW, SHRUNK, STABLE, VANISHED
 from synthlong.pictures import (
@@ -61,8 +61,8 @@ def write_report(out: Path, page: Path, *, samples: int = 12, title: str = "Synt
     """
     if samples < 1:
         raise ConfigError(f"samples must be 1 or more, not {samples}")
-    index = read_index(out)
-    names = [(s["index"], s["subject"]) for shard in index["shards"] for s in shard["samples"]]
+    index = Index.read(out)
+    names = [(number, index.subjects[k]) for number, k in enumerate(index.subject)]
     recipes, codes = [], np.zeros((len(names), 6), np.int64)
     masks = ShardDataset(out, keys=("evolution", "recipe"))
     for row, sample in enumerate(masks[k] for k in range(len(masks))):
@@ -192,18 +192,17 @@ def _artifacts(recipe: Recipe) -> str:
 # Numbers and plots
 
 
-def _head(out: Path, index: dict, recipes: Recipes, codes: NDArray[np.int64]) -> str:
+def _head(out: Path, index: Index, recipes: Recipes, codes: NDArray[np.int64]) -> str:
     """Return what the run holds, in numbers."""
-    subjects = {s["subject"] for shard in index["shards"] for s in shard["samples"]}
     with_new = np.mean([any(e.kind == "new" for e in recipe.events) for recipe in recipes])
     tiles = {
         "pairs": f"{len(recipes)}",
-        "subjects": f"{len(subjects)}",
+        "subjects": f"{len(index.subjects)}",
         "have new lesions in the brain": f"{with_new:.0%}",
         "have new lesions in the box": f"{np.mean(codes[:, NEW] > 0):.0%}",
     }
     counts = Counter((e.kind, e.source) for recipe in recipes for e in recipe.events)
-    names = [index["schema"], f"run {index['run_id']}", f"index {index['sha256'][:16]}"]
+    names = [SCHEMA, f"run {index.run_id}", f"index {str(index.sha256)[:16]}"]
     if (out / "run.json").exists():
         names.append(f"config {read_plan(out)['config_sha256'][:16]}")
     tile = "".join(f"<div><dd>{value}</dd><dt>{name}</dt></div>" for name, value in tiles.items())

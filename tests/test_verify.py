@@ -13,6 +13,7 @@ from pathlib import Path
 import h5py
 import pytest
 import typer
+from synthlong_cli.verify import verify as verb
 from test_reader import flips
 from test_shards import flip_bit, unfinish, write_run
 from typer.testing import CliRunner, Result
@@ -20,7 +21,6 @@ from typer.testing import CliRunner, Result
 from synthlong.dataset.shards import ShardDataset, canonical_json, write_index
 from synthlong.dataset.verify import rebuild_index, verify
 from synthlong.errors import InputError
-from synthlong_cli.verify import verify as verb
 
 Fault = Callable[[Path], None]
 

@@ -37,7 +37,6 @@ __all__ = [
     "canonical_json",
     "encode_shard",
     "publish",
-    "read_index",
     "shard_path",
     "write_index",
     "write_shard",
@@ -46,17 +45,6 @@ __all__ = [
 _MAX_OPEN = 16
 _CHECKS = ("always", "first", "off")
 _LOG = logging.getLogger("synthlong")
-
-
-def read_index(out: str | Path) -> dict[str, Any]:
-    """Return the index of a complete run, with `{index, subject}` of every sample; see `Index.read`."""
-    index = Index.read(Path(out))
-    names = iter([index.subjects[k] for k in index.subject])
-    shards = [
-        {"samples": [{"index": first + k, "subject": next(names)} for k in range(n)]}
-        for n, first in index.shards[["n", "first"]].tolist()
-    ]
-    return {"schema": SCHEMA, "run_id": index.run_id, "sha256": index.sha256, "shards": shards}
 
 
 class ShardDataset(Dataset[dict[str, Any]]):
