@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 __all__ = ["ConfigError", "InputError", "InputWarning", "OutputError", "ShardCorruptError", "SynthlongError", "short"]
 
+_LAST_LINE = re.compile(r"^[\w.]+Error: (.+?): (.+); (.+)$", re.MULTILINE)
+
 
 def short(path: str | Path) -> str:
     """Return `directory/name`, the form in which messages name files (no absolute path leaks)."""
-    parts = Path(path).parts
-    return "/".join(parts[-2:]) if len(parts) > 1 and parts[-2] != "/" else Path(path).name
+    path = Path(path)
+    if len(path.parts) > 1 and path.parts[-2] != "/":
+        return "/".join(path.parts[-2:])
+    return path.name or path.resolve().name or str(path)  # "." has no name
 
 
 class SynthlongError(Exception):
@@ -23,12 +28,16 @@ class InputError(SynthlongError):
     """A file that cannot be used.
 
     Args:
-        path: The file, folder or manifest.
+        path: The file, folder or manifest; or all that torch hands on of an error in a worker, a text with its
+            traceback, which becomes a note.
         problem: What is wrong with it, in a few words.
         way_out: What the user can do about it.
     """
 
-    def __init__(self, path: str | Path, problem: str, way_out: str) -> None:
+    def __init__(self, path: str | Path, problem: str | None = None, way_out: str = "") -> None:
+        if problem is None:
+            self.add_note(str(path))
+            path, problem, way_out = _LAST_LINE.findall(str(path))[-1]
         super().__init__(path, problem, way_out)
         self.path, self.problem, self.way_out = Path(path), problem, way_out
 
@@ -57,6 +66,6 @@ class ShardCorruptError(InputError):
 
     def __init__(self, path: str | Path, sample: int | None, problem: str) -> None:
         where = problem if sample is None else f"sample {sample}: {problem}"
-        super().__init__(path, where, "copy the shard again or generate it anew")
+        super().__init__(path, where, "copy the shard again, or delete it and run `synthlong generate` again")
         self.sample = sample
         self.args = (path, sample, problem)  # what pickling calls the class with

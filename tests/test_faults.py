@@ -7,8 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import warnings
-from dataclasses import replace
 
 import pytest
 from running import bytes_of, group_is_gone, kill_group, started, wait_for, workers_of
@@ -58,13 +58,14 @@ def shards_of(out):
 # Killed, stopped
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_ctrl_c_leaves_a_folder_that_goes_on(manifest, whole, out, count):
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_leaves_a_folder_that_goes_on(manifest, whole, out, times):
     """Once or twice, to the whole group as a terminal sends it."""
     with started(*arguments(manifest, out)) as process:
-        wait_for(lambda: len(shards_of(out)) >= count, process)
-        for _ in range(count):
+        wait_for(lambda: shards_of(out), process)
+        for _ in range(times):
             os.killpg(process.pid, signal.SIGINT)
+            time.sleep(0.1)  # or the second would be the first
         assert process.wait(timeout=20) in (130, -signal.SIGINT)  # the shell's 130 both
         assert "Traceback" not in process.stderr.read()
         assert group_is_gone(process.pid, within_s=5)
@@ -246,7 +247,7 @@ def test_complete_run_mends_itself(manifest, whole, out):
     assert bytes_of(out) == whole
 
 
-def test_clocks_and_time_zones_decide_nothing(manifest, whole, out):
+def test_file_times_and_time_zones_decide_nothing(manifest, whole, out):
     """Half a run made long ago in another zone; the other half, by files from the future."""
     zone = os.environ | {"TZ": "Pacific/Kiritimati", "SOURCE_DATE_EPOCH": "1"}
     with started(*arguments(manifest, out), env=zone) as process:
@@ -263,5 +264,95 @@ def test_nothing_tells_of_user_host_or_home(whole, manifest):
     for name, data in whole.items():
         for secret in secrets:
             assert len(secret) < 4 or secret.encode() not in data, (name, secret)
-    assert "generate" not in json.loads(whole["run.json"])
-    assert replace(CONFIG).as_dict()["box"] == 32
+
+
+# What is not of this run
+
+
+def put(out, files):
+    for name, data in files.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def other(manifest):
+    """A run of the same shape with another seed."""
+    out = manifest.parent / "other"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InputWarning)
+        generate(manifest, out, **(OPTIONS | {"seed": 6, "pairs": 4}))
+    return bytes_of(out)
+
+
+def foreign_shard(whole, other):
+    return {name: other[name] for name in ("shards/00001.h5", "shards/00001.json")}
+
+
+def swapped_shards(whole, other):
+    kinds = ("h5", "json")
+    return {f"shards/0000{n}.{k}": whole[f"shards/0000{1 - n}.{k}"] for n in (0, 1) for k in kinds}
+
+
+def other_patient(whole, other):
+    sidecar = whole["shards/00001.json"]
+    return {"shards/00001.json": sidecar.replace(b'"subject":"cs19"', b'"subject":"cs07"')}
+
+
+@pytest.mark.parametrize("fault", [foreign_shard, swapped_shards, other_patient])
+def test_resume_takes_no_shard_that_is_not_its_own(manifest, whole, other, out, fault):
+    put(out, whole | fault(whole, other))
+    (out / "index.json").unlink()
+    assert generate(manifest, out, **OPTIONS).made == (4 if fault is swapped_shards else 2)
+    assert bytes_of(out) == whole
+
+
+def test_index_of_another_run_does_not_make_this_one_complete(manifest, other, out):
+    put(out, other)
+    plan = json.loads(other["run.json"])
+    put(out, {"index.json": other["index.json"].replace(plan["run_id"].encode(), b"0" * 16)})
+    assert generate(manifest, out, **(OPTIONS | {"seed": 6, "pairs": 4})).made == 0  # the shards are its own
+    assert bytes_of(out) == other
+
+
+def test_what_a_writer_killed_at_birth_leaves_is_no_foreign_file(manifest, other, out):
+    put(out, {"run.json.tmp-7-cafe": b"{", ".probe-cafe": b"token", "work/case-x-7-cafe.unfinished/a.npy": b""})
+    generate(manifest, out, **(OPTIONS | {"seed": 6, "pairs": 4}))
+    assert bytes_of(out) == other
+
+
+def test_another_run_is_refused_before_its_cases_are_prepared(manifest, whole, out, monkeypatch):
+    put(out, whole)
+    (out / "index.json").unlink()
+    monkeypatch.setattr(run, "prepare_cases", None)
+    with pytest.raises(ConfigError, match=r"config\.new_mean: 4\.0 -> 3\.0"):
+        generate(manifest, out, **(OPTIONS | {"config": SynthesisConfig(box=32)}))
+
+
+def test_case_added_to_a_complete_run_is_refused(manifest, whole, out, tmp_path):
+    put(out, whole)
+    for file in manifest.parent.glob("cs*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    row = "third,cs07_FLAIR.nii.gz,cs07_mask.nii.gz\n"
+    (tmp_path / "cases.csv").write_text(manifest.read_text() + row)
+    with pytest.raises(ConfigError, match=r"cases\.third\.flair: none -> "):
+        generate(tmp_path / "cases.csv", out, **OPTIONS)
+
+
+def test_scan_that_cannot_be_read_is_left_out(manifest, out, tmp_path):
+    for file in manifest.parent.glob("cs*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "cases.csv").write_bytes(manifest.read_bytes())
+    (tmp_path / "cs07_mask.nii.gz").unlink()
+    (tmp_path / "cs07_mask.nii.gz").symlink_to("annex/of/another/machine")
+    outcome = generate(tmp_path / "cases.csv", out, **(OPTIONS | {"pairs": 2}))
+    assert "cs07_mask.nii.gz: cannot be read (No such file" in outcome.failures["cs07"]
+
+
+def test_workers_that_die_before_their_first_task_are_replaced(manifest, whole, out):
+    with started(*arguments(manifest, out)) as process:
+        wait_for(lambda: workers_of(process), process)
+        os.kill(workers_of(process)[0], signal.SIGKILL)
+        process.wait(timeout=240)
+        assert process.returncode == 0, process.stderr.read()
+    assert bytes_of(out) == whole

@@ -5,12 +5,13 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from synthlong.dataset import lock
 from synthlong.dataset.lock import LOCK, writer_lock
-from synthlong.errors import InputWarning, OutputError
+from synthlong.errors import InputWarning, OutputError, short
 
 HOLD = """
 import sys, time
@@ -100,11 +101,74 @@ def test_without_flock_the_file_itself_is_the_lock(tmp_path, monkeypatch, error)
 
 def test_without_flock_a_stale_file_is_the_users_to_break(tmp_path, monkeypatch):
     without_flock(monkeypatch)
-    (tmp_path / LOCK).write_text(json.dumps({"pid": 1, "host": socket.gethostname(), "since": "then"}))
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / LOCK).write_text(json.dumps({"pid": ended.pid, "host": socket.gethostname(), "since": "then"}))
     with pytest.warns(InputWarning), pytest.raises(OutputError, match="--break-lock"), writer_lock(tmp_path):
         pass
     with pytest.warns(InputWarning), writer_lock(tmp_path, break_lock=True):
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("forbidden", [False, True])
+def test_without_flock_a_live_process_of_this_machine_keeps_its_lock(tmp_path, monkeypatch, forbidden):
+    def kill(pid, number):
+        assert (pid, number) == (os.getpid(), 0)
+        if forbidden:
+            raise PermissionError
+
+    monkeypatch.setattr(lock.os, "kill", kill)
+    without_flock(monkeypatch)
+    live = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": "then"})
+    (tmp_path / LOCK).write_text(live)
+    refused = pytest.raises(OutputError, match=rf"locked by process {os.getpid()} on .*; stop it, or remove \.lock")
+    with pytest.warns(InputWarning), refused, writer_lock(tmp_path, break_lock=True):
+        pass
+    assert (tmp_path / LOCK).read_text() == live
+
+
+def test_of_two_that_break_a_lock_at_once_one_gets_it(tmp_path, monkeypatch):
+    (tmp_path / LOCK).write_text(json.dumps({"pid": 7, "host": "node-9.example", "since": "then"}))
+    honest, first = lock._holder, writer_lock(tmp_path, break_lock=True)
+
+    def overtaken(descriptor):
+        stale = honest(descriptor)
+        monkeypatch.setattr(lock, "_holder", honest)
+        first.__enter__()
+        return stale
+
+    monkeypatch.setattr(lock, "_holder", overtaken)
+    with (
+        pytest.raises(OutputError, match=f"locked by process {os.getpid()} "),
+        writer_lock(tmp_path, break_lock=True),
+    ):
+        pass
+    assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+    first.__exit__(None, None, None)
+    assert not (tmp_path / LOCK).exists()
+
+
+def test_the_holder_is_on_the_disk_when_the_block_begins(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(lock.os, "fsync", lambda descriptor: synced.append(os.pread(descriptor, 4096, 0)))
+    with writer_lock(tmp_path):
+        assert synced == [(tmp_path / LOCK).read_bytes()]
+        assert json.loads(synced[0])["pid"] == os.getpid()
+
+
+def test_lock_file_of_something_else_is_refused(tmp_path):
+    (tmp_path / LOCK).write_text('{"owner": "another program"}')
+    with pytest.raises(OutputError, match=r"locked by process \? on \? since \?"), writer_lock(tmp_path):
+        pass
+
+
+def test_the_working_folder_has_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with writer_lock(Path()):
+        with pytest.raises(OutputError) as caught, writer_lock(Path()):
+            pass
+        assert str(caught.value).startswith(f"{tmp_path.name}: locked by process ")
+    assert short("/") == "/"
 
 
 def test_only_ones_own_lock_file_is_removed(tmp_path):

@@ -382,11 +382,16 @@ def test_the_index_vouches_for_itself(tmp_path: Path) -> None:
         (out / "index.json").write_text(damaged)
         with pytest.raises(InputError, match=r"index\.json: .*--rebuild-index"):
             Index.read(out)
-    newer = rest | {"schema": "synthlong/2"}
-    newer["sha256"] = hashlib.sha256(canonical_json(newer).encode()).hexdigest()
-    (out / "index.json").write_text(canonical_json(newer))
-    with pytest.raises(InputError, match=r"synthlong/2, newer"):
+    foreign = text.replace("synthlong/1", "synthlong-1")
+    (out / "index.json").write_text(foreign)
+    with pytest.raises(InputError, match=r"is not an index of shards; .*--rebuild-index"):
         Index.read(out)
+    for change in ({}, {"a": 1}):  # a newer one may have other keys, or another hash
+        newer = rest | {"schema": "synthlong/2"} | change
+        newer["sha256"] = hashlib.sha256(canonical_json(newer).encode()).hexdigest()
+        (out / "index.json").write_text(canonical_json(newer))
+        with pytest.raises(InputError, match=r"synthlong/2, newer.*install a synthlong that reads synthlong/2"):
+            Index.read(out)
 
 
 def test_every_flip_in_the_index_is_seen(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import gc
+import gzip
 import json
 import os
 import pickle
@@ -141,6 +142,26 @@ def test_a_plain_loader_repeats_an_epoch_until_told(stream):
         assert shown(loader) == shown(loader) == epochs[0]
         made.set_epoch(1)
         assert shown(loader) == epochs[1]
+
+
+@pytest.mark.parametrize(("method", "workers"), [("fork", 2), ("spawn", 1)])
+def test_a_plain_pass_is_whole_after_a_loader_that_was_resumed(stream, method, workers):
+    made = stream(pairs=5)
+    loader = made.loader(num_workers=workers, persistent_workers=True, multiprocessing_context=method)
+    plain = DataLoader(made, num_workers=2, persistent_workers=True, multiprocessing_context="fork")
+    wanted = shown(made.loader())
+    for _ in range(2):  # the second time, all workers are there
+        loader.load_state_dict(loader.state_dict() | {"epoch": 0, "batches": 2})
+        at = iter(loader)
+        seen = [next(at)["recipe"]]
+        assert [[sample["recipe"]] for sample in made] == shown(DataLoader(made)) == shown(plain) == wanted
+        assert seen + shown(at) == wanted[2:]
+        assert [[sample["recipe"]] for sample in made] == shown(plain) == wanted
+    loader.load_state_dict(loader.state_dict() | {"epoch": 1, "batches": 2})
+    made.set_epoch(1)
+    later = [[sample["recipe"]] for sample in made]
+    assert later[0] != wanted[0]
+    assert shown(loader) == later[2:]
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
@@ -402,8 +423,32 @@ def test_a_folder_that_vanished_is_named(stream, tmp_path, workers):
     for file in (tmp_path / "gone").glob("*/flair.npy"):
         file.unlink()
     options = {"num_workers": workers, **({"multiprocessing_context": "fork"} if workers else {})}
-    with pytest.raises((InputError, RuntimeError), match=r"gone/case-.*cannot be opened.*make the stream anew"):
+    with pytest.raises(InputError, match=r"^[^/]+/case-.*cannot be opened.*make the stream anew") as caught:
         list(made.loader(**options))
+    error = caught.value
+    assert error.path.match("gone/case-*")
+    assert error.problem.startswith("a prepared case cannot be opened")
+    assert error.way_out.startswith("remove the folder")
+    assert str(error).endswith("make the stream anew")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    assert [note.count("Original Traceback") for note in getattr(error, "__notes__", [])] == [1] * workers
+
+
+def test_a_file_edited_before_it_is_read_is_named(manifest, tmp_path, monkeypatch):
+    from synthlong.dataset import prepared as module
+
+    for file in manifest.parent.glob("c*.*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    honest = module.stored_stamp
+
+    def meanwhile(folder):  # called when all cases are hashed
+        mask = tmp_path / "cs19_mask.nii.gz"
+        mask.write_bytes(gzip.compress(gzip.decompress(mask.read_bytes()), compresslevel=0))
+        return honest(folder)
+
+    monkeypatch.setattr(module, "stored_stamp", meanwhile)
+    with pytest.raises(InputError, match=r"cs19_mask\.nii\.gz: was changed while .*; make the stream anew"):
+        PairStream(tmp_path / "cases.csv", PLAIN, work=tmp_path / "work")
 
 
 def test_what_float16_cannot_hold_is_an_error(small_case, tmp_path):

@@ -209,7 +209,7 @@ FULL = [
     (foreign, [("index.json", "not finished.*"), ("shards/00001.h5", "is of run .*, not .*")]),
     (sidecar(sample_hash), [("shards/00001.json", "sample 2: is not what the shard holds")]),
     (sidecar(sample_sum), [("shards/00001.json", "sample 2: is not what the shard holds")]),
-    (sidecar(subject), [("shards/00001.json", "does not agree with index.json")]),
+    (sidecar(subject), [("shards/00001.json", "is of another shard or run")]),
     (sidecar(number), [("shards/00001.json", "is of another shard or run")]),
     (sidecar(more), [("shards/00001.json", "is of another shard or run")]),
     (sidecar(keys), [("shards/00001.json", "is not the record of a shard")]),

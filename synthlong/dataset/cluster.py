@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from synthlong.dataset import pool
+from synthlong.dataset.plan import PROBE
 from synthlong.dataset.pool import Pool, call
 from synthlong.errors import ConfigError, OutputError
 
@@ -94,14 +95,18 @@ class DaskPool(Pool):
         self._open: set[Future[Any]] = set()
         self._executor = self._client.get_executor(pure=False, retries=0)
         self._stop = distributed.Event(f"synthlong-stop-{secrets.token_hex(8)}", client=self._client)
-        self._probe = folder / f".probe-{secrets.token_hex(8)}"
+        self._probe = folder / f"{PROBE}{secrets.token_hex(8)}"
         token = secrets.token_hex(16)
         try:
             self._probe.write_text(token)
             self._demand = _Demand(self._probe.resolve(), token, environment, self._stop.name)
             workers = self._client.scheduler_info(n_workers=-1)["workers"]
             asked = [self._client.submit(_check, self._demand, workers=[w], pure=False) for w in workers]
+            distributed.wait(asked, timeout=_PATIENCE_S)
             self._client.gather(asked)
+        except TimeoutError as error:
+            self.stop()
+            raise OutputError(where, "a worker does not answer", "restart the workers") from error
         except BaseException:
             self.stop()
             raise
@@ -122,13 +127,17 @@ class DaskPool(Pool):
         return self._counts.get(slot, 0)
 
     def stop(self) -> None:  # noqa: D102
-        if self._open:
-            self._stop.set()  # cancelling does not end a task at work
-            wait(self._open, timeout=_STOP_S)
-        self._executor.shutdown(wait=False)
-        self._probe.unlink(missing_ok=True)
-        self._client.close()
-        self._close_cluster()
+        try:
+            if self._open:
+                self._stop.set()  # cancelling does not end a task at work
+                wait(self._open, timeout=_STOP_S)
+            self._executor.shutdown(wait=False)
+        except (OSError, TimeoutError):  # the scheduler has gone
+            pass
+        finally:
+            self._probe.unlink(missing_ok=True)
+            self._client.close()
+            self._close_cluster()
 
     def _hand_on(self, result: Future[Any], slot: int, remote: Future[Any]) -> None:
         self._open.discard(remote)
@@ -189,6 +198,7 @@ def _check(demand: _Demand) -> None:
     """Raise unless this worker can make the run's bytes."""
     import distributed
 
+    from synthlong.dataset import run
     from synthlong.dataset.plan import environment
 
     global _demand
@@ -210,6 +220,7 @@ def _check(demand: _Demand) -> None:
             if here[key].get(name) != value:
                 problem = f"has {name} {here[key].get(name)}, the run {value}"
                 raise OutputError(worker.address, problem, "start workers that are all alike")
+    run.forget()  # this worker may have served another run
     _demand = demand
 
 

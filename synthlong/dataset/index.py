@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from synthlong.dataset.reader import SCHEMA, VOLUMES, check_schema
 from synthlong.dataset.writer import canonical_json, publish, shard_path
-from synthlong.errors import InputError
+from synthlong.errors import InputError, ShardCorruptError
 
 __all__ = ["SHARD", "Index", "found_files", "planned_shards", "read_sidecar", "write_index"]
 
@@ -51,10 +51,10 @@ class Index:
 
     @classmethod
     def read(cls, out: Path) -> Index:
-        """Return `out/index.json` after checking its hash of itself and its schema.
+        """Return `out/index.json` after checking its schema and its hash of itself.
 
         Raises:
-            InputError: There is no folder or no index (the run is not finished), or it was changed.
+            InputError: There is no folder or no index (the run is not finished), or it is newer or was changed.
         """
         path, rebuild = out / "index.json", f"rebuild it with `synthlong verify {out.name or out} --rebuild-index`"
         try:
@@ -69,11 +69,11 @@ class Index:
             raise InputError(path, problem, "check the disk and the file's permissions") from error
         try:
             plain = json.loads(text)
+            check_schema(path, plain["schema"])
             if not _vouches_for_itself(text):
                 raise InputError(path, "does not match the hash of itself", rebuild)
-            check_schema(path, plain["schema"])
             return _index_of(plain)
-        except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+        except (ShardCorruptError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
             raise InputError(path, "is not an index of shards", rebuild) from error
 
     @classmethod
@@ -83,22 +83,22 @@ class Index:
         Raises:
             InputError: There is no `run.json`, or a sidecar is damaged or another run's.
         """
-        from synthlong.dataset.plan import read_plan  # which imports this module
+        from synthlong.dataset.plan import read_plan, shard_samples  # which imports this module
 
         plan = read_plan(out)
         patients = [case["patient"] for case in plan["cases"]][: plan["pairs"]]
         place = {name: k for k, name in enumerate(sorted(set(patients)))}
-        planned = planned_shards(plan)
+        shards_in_all = len(planned_shards(plan))
         finished = sorted(_numbers(found_files(out, ".json")))
         shards, subject = np.zeros(len(finished), SHARD), []
         for row, number in zip(shards, finished, strict=True):
             path = shard_path(out, number).with_suffix(".json")
             sidecar = read_sidecar(path)
-            names = [sample["subject"] for sample in sidecar["samples"]]
-            indices = [sample["index"] for sample in sidecar["samples"]]
-            if number >= len(planned) or indices != list(planned[number]) or not place.keys() >= set(names):
+            recorded = [(sample["index"], sample["subject"]) for sample in sidecar["samples"]]
+            if number >= shards_in_all or recorded != shard_samples(plan, number):
                 raise InputError(path, "is not of this run", "move it away")
-            row["number"], row["n"], row["first"], row["bytes"] = number, len(names), indices[0], sidecar["bytes"]
+            names = [name for _, name in recorded]
+            row["number"], row["n"], row["first"], row["bytes"] = number, len(names), recorded[0][0], sidecar["bytes"]
             row["sha256"] = bytes.fromhex(sidecar["sha256"])
             subject += [place[name] for name in names]
         return cls(plan["run_id"], None, shards, tuple(place), np.array(subject, np.int32))

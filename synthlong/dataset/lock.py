@@ -2,7 +2,7 @@
 
 The kernel frees an `flock` when its holder dies, so a dead writer on this machine never needs clearing up. What it
 cannot tell is whether a writer on another machine lives, on file systems that do not share locks: a lock file that
-names another host is refused until the user breaks it.
+names another host is refused until the user breaks it. It is synced at once, for other hosts to read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from synthlong.errors import InputWarning, OutputError
+from synthlong.errors import InputWarning, OutputError, short
 
 try:
     import fcntl
@@ -91,19 +91,23 @@ def _locked(path: Path, descriptor: int, created: bool, break_lock: bool) -> boo
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise
-        text = f"{path.parent.name}: this file system has no flock; two writers are told apart by {LOCK} alone"
+        text = f"{short(path.parent)}: this file system has no flock; two writers are told apart by {LOCK} alone"
         warnings.warn(text, InputWarning, stacklevel=4)
         known_dead = created
     if not known_dead:
         if not break_lock:
             raise _refusal(path, holder, "if that process is gone, add --break-lock")
-        path.unlink(missing_ok=True)
+        if _lives_here(holder):
+            raise _refusal(path, holder, f"stop it, or remove {LOCK} if that process is no `generate`")
+        if _is_file(descriptor, path):  # and not that of another who broke it first
+            path.unlink(missing_ok=True)
         return False
     if not _is_file(descriptor, path):
         return False
     mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(mine).encode(), 0)
+    os.fsync(descriptor)
     return True
 
 
@@ -115,8 +119,23 @@ def _holder(descriptor: int) -> dict[str, Any]:
     return holder if isinstance(holder, dict) else {}
 
 
+def _lives_here(holder: dict[str, Any]) -> bool:
+    """Return whether there is a process of the holder's number on this machine, if that is its host."""
+    pid = holder.get("pid")
+    if holder.get("host") != socket.gethostname() or not isinstance(pid, int):
+        return False
+    try:
+        os.kill(pid, 0)
+    except PermissionError:  # another user's
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
+
+
 def _refusal(path: Path, holder: dict[str, Any], way_out: str) -> OutputError:
-    who = f"process {holder['pid']} on {holder['host']} since {holder['since']}" if holder else "another process"
+    pid, host, since = (holder.get(key, "?") for key in ("pid", "host", "since"))
+    who = f"process {pid} on {host} since {since}" if holder else "another process"
     return OutputError(path.parent, f"locked by {who}", way_out)
 
 

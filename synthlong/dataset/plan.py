@@ -33,17 +33,19 @@ __all__ = [
     "check_folder",
     "check_space",
     "environment",
+    "is_leftover",
     "make_plan",
     "read_plan",
     "shard_config",
+    "shard_samples",
     "source_of",
 ]
 
 SCHEMA = "synthlong-run/1"
+PROBE = ".probe-"
 _BUNDLED = "bundled"
 _LIBRARIES = ("torch", "numpy", "scipy", "numba", "h5py", "hdf5plugin")
 _NOT_DECISIVE = ("run_id", "source")
-_BEFORE_THE_PLAN = (LOCK, "work")
 
 
 def make_plan(
@@ -139,6 +141,13 @@ def shard_config(plan: dict[str, Any]) -> dict[str, Any]:
     return {"synthesis": plan["config"], "assets": plan["assets"], "seed": plan["seed"], "run_id": plan["run_id"]}
 
 
+def shard_samples(plan: dict[str, Any], number: int) -> list[tuple[int, str]]:
+    """Return index and patient of each sample of a shard."""
+    cases, first = plan["cases"], number * plan["shard_size"]
+    numbers = range(first, min(first + plan["shard_size"], plan["pairs"]))
+    return [(k, cases[k % len(cases)]["patient"]) for k in numbers]
+
+
 def asset_hashes(config: SynthesisConfig) -> dict[str, str]:
     """Return the SHA-256 of prior, lesion bank and weights that a config names.
 
@@ -192,10 +201,15 @@ def check_folder(out: Path) -> None:
     if not out.is_dir():
         raise OutputError(out, "is not a folder", "name a folder for the run")
     if not (out / "run.json").exists():
-        foreign = [p.name for p in out.iterdir() if p.name not in _BEFORE_THE_PLAN]
+        foreign = [p.name for p in out.iterdir() if p.name not in (LOCK, "work") and not is_leftover(p.name)]
         if foreign:
             problem = f"the folder is not empty and holds no run (first: {min(foreign)!a})"
             raise ConfigError(f"{out.name}: {problem}; name a new or empty folder")
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file is what a writer that was killed leaves in a run's folder."""
+    return ".tmp-" in name or name.startswith(PROBE)
 
 
 def check_space(out: Path, *, need_mb: float) -> None:

@@ -14,9 +14,11 @@ from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
+from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any
 
 import pebble
@@ -26,7 +28,6 @@ __all__ = ["LocalPool", "Lost", "Pool", "Stopped", "begin", "call", "count", "st
 
 _AHEAD = 2
 _POLL_S = 0.5
-_WORKER = "pebble_pool_worker"
 
 _counts: MutableSequence[int] | None = None
 _slot = 0
@@ -76,7 +77,7 @@ class Pool(ABC):
 
     @abstractmethod
     def stop(self) -> None:
-        """End all workers; none is left when this returns."""
+        """End all workers of this machine; those of a cluster stop after the sample, or the case, that they work on."""
 
     def run(
         self, work: Callable[[Any], Any], tasks: Sequence[Any], report: Callable[[int], None] | None = None
@@ -96,7 +97,8 @@ class Pool(ABC):
             Counter[int](),
         )
         while waiting or running:
-            while waiting and len(running) < _AHEAD * self.size:
+            most = _AHEAD * self.size
+            while waiting and len(running) < most:
                 slot, task = waiting.popleft()
                 running[self.submit(slot, work, task)] = slot, task
             done, _ = wait(running, timeout=_POLL_S, return_when=FIRST_COMPLETED)
@@ -133,15 +135,15 @@ class LocalPool(Pool):
     chances = 3
 
     def __init__(self, size: int, *, tasks: int) -> None:
-        self.size, self.deaths = size, (pebble.ProcessExpired,)
-        context = multiprocessing.get_context("spawn")
+        self.size, self.deaths = size, (pebble.ProcessExpired, BrokenProcessPool)
         # Each task counts in a slot of its own: nothing is locked that a killed worker could keep.
-        self._counts = context.RawArray("q", tasks)
-        self._pool = pebble.ProcessPool(size, initializer=_start, initargs=(self._counts, os.getpid()), context=context)
-        with _interrupts_for_us():
-            self._pool.active  # noqa: B018 - starts the workers
+        self._counts = multiprocessing.get_context("spawn").RawArray("q", tasks)
+        self._open()
 
     def submit(self, slot: int, work: Callable[[Any], Any], task: Any) -> Future[Any]:  # noqa: D102
+        if not self._pool.active:  # a worker died between two tasks: pebble gives the whole pool up
+            self.stop()
+            self._open()
         return self._pool.schedule(call, (slot, work, task))
 
     def count(self, slot: int) -> int:  # noqa: D102
@@ -149,10 +151,33 @@ class LocalPool(Pool):
 
     def stop(self) -> None:  # noqa: D102
         self._pool.stop()
-        for child in multiprocessing.active_children():
-            if child.name == _WORKER:
-                child.terminate()  # all at once; `join` waits for one after the other
+        for process in self._context.started:
+            if process.is_alive():
+                process.terminate()  # all at once; `join` waits for one after the other
         self._pool.join()
+
+    def _open(self) -> None:
+        self._context = _Spawning()
+        self._pool = pebble.ProcessPool(
+            self.size, initializer=_start, initargs=(self._counts, os.getpid()), context=self._context
+        )
+        try:
+            with _interrupts_for_us():
+                self._pool.active  # noqa: B018 - starts the workers
+        except BaseException:
+            self.stop()
+            raise
+
+
+class _Spawning(SpawnContext):
+    """Spawns processes and remembers them."""
+
+    def __init__(self) -> None:
+        self.started: list[SpawnProcess] = []
+
+    def Process(self, *args: Any, **options: Any) -> SpawnProcess:  # type: ignore[override]
+        self.started.append(SpawnProcess(*args, **options))
+        return self.started[-1]
 
 
 def call(slot: int, work: Callable[[Any], Any], task: Any) -> Any:

@@ -77,7 +77,7 @@ class PreparedCases:
         for n in (*range(first, len(found)), *range(first)):
             folder, one = self._folder / self._names[n], found[n]
             if stored_stamp(folder) != stamps[n]:
-                case = one.read() if isinstance(one, CaseFiles) else one
+                case = _read(one, sources[_id(one)]) if isinstance(one, CaseFiles) else one
                 _store(folder, heal(case) if case.healthy is None else case, config, stamps[n])
 
     def __len__(self) -> int:
@@ -148,6 +148,15 @@ def _sources(one: CaseFiles | Case) -> dict[str, str]:
         if a is not None
     }
     return {**sums, "scan": repr((float(one.scan_mean), float(one.scan_sd)))}
+
+
+def _read(files: CaseFiles, sources: dict[str, str]) -> Case:
+    """Read a case whose files are still those that were hashed."""
+    case = files.read()
+    for role, sha256 in sources.items():
+        if case.sources[role] != sha256:
+            raise InputError(getattr(files, role), "was changed while the cases were prepared", "make the stream anew")
+    return case
 
 
 def _folder(work: str | Path | None) -> Path:

@@ -8,20 +8,23 @@ run that stopped goes on when it is called again: every shard without a valid re
 
 from __future__ import annotations
 
-import hashlib
+import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from synthlong.case import Case
 from synthlong.dataset.cases import Preparation, case_folder, check_assets, kept_synthesis, prepare_cases
-from synthlong.dataset.index import found_files, planned_shards, read_sidecar
+from synthlong.dataset.index import Index, found_files, planned_shards, read_sidecar
 from synthlong.dataset.lock import writer_lock
 from synthlong.dataset.plan import (
     adopt_plan,
@@ -29,11 +32,14 @@ from synthlong.dataset.plan import (
     check_folder,
     check_space,
     environment,
+    is_leftover,
     make_plan,
     read_plan,
     shard_config,
+    shard_samples,
 )
 from synthlong.dataset.pool import LocalPool, Lost, Pool, count, stop_if_told
+from synthlong.dataset.reader import ShardReader
 from synthlong.dataset.shards import (
     Sample,
     ShardDataset,
@@ -51,7 +57,7 @@ from synthlong.pair import Pair, render
 from synthlong.recipe import draw_recipe, rng_of
 from synthlong.synthesis import SynthesisConfig
 
-__all__ = ["Outcome", "Progress", "generate"]
+__all__ = ["Outcome", "Progress", "forget", "generate"]
 
 _MB_PER_PAIR = {"blosc-lz4": 0.75, "none": 2.1}
 _MB_PER_CASE = 140
@@ -134,15 +140,19 @@ def generate(
 
     check_folder(out)
     if _complete(out):
-        known = {case["subject"] for case in read_plan(out)["cases"]}
-        hashed = [Preparation(f, out, config, assets, sources=f.hashes()).record for f in files if f.subject in known]
-        adopt_plan(out, make_plan(source, out, cases=hashed, **options))
+        left_out = _failures(out)
+        hashed = [Preparation(f, out, config, assets, sources=f.hashes()) for f in files if f.subject not in left_out]
+        adopt_plan(out, make_plan(source, out, cases=[p.record for p in hashed], **options))
+        _clear(out)
         return Outcome(pairs, shards, 0, 0.0)
     with _folder_of_run(out, break_lock=break_lock):
+        if (out / "run.json").exists():  # refuse another run before hours are spent on its cases
+            adopt_plan(out, make_plan(source, out, cases=read_plan(out)["cases"], **options))
         per_pair = _MB_PER_PAIR[config.compression] * (config.box / 64) ** 3
         left = max(0, pairs - shard_size * len(found_files(out, ".json")))
-        check_space(out, need_mb=left * per_pair + len(files) * _MB_PER_CASE)
         tasks = [Preparation(f, case_folder(out / "work", f.subject), config, assets, prefer) for f in files]
+        unprepared = sum(not task.folder.exists() for task in tasks)
+        check_space(out, need_mb=left * per_pair + unprepared * _MB_PER_CASE)
         with _pool(workers, scheduler, out, config, tasks=len(tasks) + shards) as pool:
             report = (lambda n: progress("cases", n, len(tasks))) if progress else None
             usable, failures = prepare_cases(pool, tasks, report)
@@ -169,12 +179,27 @@ def _processors() -> int:
 
 
 def _complete(out: Path) -> bool:
-    """Whether the folder holds a whole run: an index, and shards of the sizes that it says."""
+    """Whether the folder holds a whole run: its own index, and shards of the sizes that it says."""
     try:
         ShardDataset(out)
+        return Index.read(out).run_id == read_plan(out)["run_id"]
     except InputError:
         return False
-    return True
+
+
+def _failures(out: Path) -> set[str]:
+    """Return the subjects that a complete run has left out."""
+    try:
+        return set(json.loads((out / "failures.json").read_bytes())["failed"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def _clear(out: Path) -> None:
+    """Remove the prepared cases of a complete run, if the call that completed it was killed before it could."""
+    if (out / "work").exists():
+        with suppress(OutputError), writer_lock(out):
+            shutil.rmtree(out / "work", ignore_errors=True)
 
 
 @contextmanager
@@ -208,8 +233,9 @@ def _folder_of_run(out: Path, *, break_lock: bool) -> Iterator[None]:
 def _sweep(out: Path) -> None:
     """Remove what writers that were killed have left; only while the folder is locked."""
     for folder in (out, out / "shards"):
-        for file in folder.glob("*.tmp-*"):
-            file.unlink(missing_ok=True)
+        for file in folder.glob("*"):
+            if is_leftover(file.name):
+                file.unlink(missing_ok=True)
     for unfinished in (out / "work").glob("*.unfinished"):
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -237,7 +263,13 @@ def _make_shards(
 ) -> tuple[dict[int, dict[str, Any]], int, dict[int, str]]:
     """Make every shard that is not there; return all sidecars, how many pairs were made, and what was lost."""
     pairs, numbers = plan["pairs"], range(len(planned_shards(plan)))
-    sidecars = {n: sidecar for n in numbers if (sidecar := _done(out, n))}
+    sidecars = {}
+    with ThreadPoolExecutor(_processors()) as readers:
+        for n, sidecar in enumerate(readers.map(partial(_done, out, plan), numbers)):
+            if sidecar:
+                sidecars[n] = sidecar
+            if progress and n % 16 == 0:
+                progress("shards, those that are there", n, len(numbers))
     there = sum(sidecar["n"] for sidecar in sidecars.values())
     todo = [_Shard(out, plan["run_id"], n, config) for n in numbers if n not in sidecars]
     report = (lambda n: progress("pairs", there + n, pairs)) if progress else None
@@ -252,15 +284,17 @@ def _make_shards(
     return sidecars, sum(sidecar["n"] for sidecar in sidecars.values()) - there, lost
 
 
-def _done(out: Path, number: int) -> dict[str, Any] | None:
-    """Return the sidecar of a shard that is there, whole and unchanged."""
+def _done(out: Path, plan: dict[str, Any], number: int) -> dict[str, Any] | None:
+    """Return the sidecar of a shard that is there, whole, unchanged, and of this run."""
     path = shard_path(out, number)
     try:
         sidecar = read_sidecar(path.with_suffix(".json"))
-        whole = hashlib.sha256(path.read_bytes()).hexdigest() == sidecar["sha256"]
+        if [(s["index"], s["subject"]) for s in sidecar["samples"]] != shard_samples(plan, number):
+            return None
+        with closing(ShardReader(path, sha256=bytes.fromhex(sidecar["sha256"]), sums=False)) as shard:
+            return sidecar if shard.run_id() == plan["run_id"] else None
     except (OSError, InputError):
         return None
-    return sidecar if whole else None
 
 
 # In a worker
@@ -269,20 +303,18 @@ def _done(out: Path, number: int) -> dict[str, Any] | None:
 def _make_shard(task: _Shard) -> tuple[int, dict[str, Any]]:
     plan = _plan_of(task.out, task.run_id, task.config)
     _, painter, bank = kept_synthesis(task.config)
-    cases, numbers = plan["cases"], planned_shards(plan)[task.number]
-    samples = []
-    for k in numbers:
+    cases, samples = plan["cases"], []
+    for k, patient in shard_samples(plan, task.number):
         stop_if_told()
-        record = cases[k % len(cases)]
-        case = _opened(case_folder(task.out / "work", record["subject"]), task.config)
+        case = _opened(case_folder(task.out / "work", cases[k % len(cases)]["subject"]), task.config)
         recipe = draw_recipe(case, task.config, rng_of(plan["seed"], case.id, k))
-        samples.append(_sample(render(case, recipe, painter=painter, bank=bank), record["patient"]))
+        samples.append(_sample(render(case, recipe, painter=painter, bank=bank), patient))
         count()
     sidecar = write_shard(
         task.out,
         task.number,
         samples,
-        first_index=numbers.start,
+        first_index=task.number * plan["shard_size"],
         config_json=canonical_json(shard_config(plan)),
         versions_json=canonical_json(plan["versions"]),
         compression=task.config.compression,
@@ -291,9 +323,11 @@ def _make_shard(task: _Shard) -> tuple[int, dict[str, Any]]:
 
 
 def _sample(pair: Pair, patient: str) -> Sample:
+    with np.errstate(over="ignore"):  # the writer names what is too large
+        baseline, followup = pair.baseline.astype(np.float16), pair.followup.astype(np.float16)
     return Sample(
-        baseline=pair.baseline,
-        followup=pair.followup,
+        baseline=baseline,
+        followup=followup,
         new_lesions=pair.new_lesions,
         evolution=pair.evolution,
         lesions_baseline=pair.lesions_baseline,
@@ -301,6 +335,12 @@ def _sample(pair: Pair, patient: str) -> Sample:
         recipe=pair.recipe.to_json(),
         subject=patient,
     )
+
+
+def forget() -> None:
+    """Forget what this process has kept of a run: files may have changed when it works on the next."""
+    for kept in (_plan_of, _opened, kept_synthesis):
+        kept.cache_clear()
 
 
 @lru_cache(maxsize=1)

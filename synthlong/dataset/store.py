@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,16 +41,13 @@ def store_case(folder: Path, case: Case, config: SynthesisConfig, *, stamp: dict
     lesions, places = lesions_of(case, config.max_event_mm3), placements_of(case, config)
     if config.painter == "copypaste":
         shapes_for(config.painter, case, lesions, read_bank())  # no case without a lesion to copy
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    own = f"{os.getpid()}-{secrets.token_hex(4)}"  # another process may be storing the same case
+    unfinished = folder.with_name(f"{folder.name}-{own}.unfinished")
     unfinished.mkdir(parents=True)
     arrays = {name: getattr(case, name) for name in _ARRAYS}
     arrays |= {"labels": lesions.labels, "volumes_mm3": lesions.volumes_mm3, "mutable": lesions.mutable}
     arrays["profiles"] = profiles_of(case, config.max_event_mm3)
     arrays |= {"allowed": allowed_of(case, config.margin), "voxels": places.voxels, "cumulative": places.cumulative}
-    for name, array in arrays.items():
-        with _synced(unfinished / f"{name}.npy") as file:
-            np.save(file, np.ascontiguousarray(array), allow_pickle=False)
     plain = {
         "id": case.id,
         "affine": case.affine.tolist(),
@@ -61,10 +59,20 @@ def store_case(folder: Path, case: Case, config: SynthesisConfig, *, stamp: dict
         "boxes": [[[s.start, s.stop] for s in box] for box in lesions.boxes],
         "stamp": stamp,
     }
-    with _synced(unfinished / "case.json") as file:
-        file.write(json.dumps(plain).encode())
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
+    try:
+        for name, array in arrays.items():
+            with _synced(unfinished / f"{name}.npy") as file:
+                np.save(file, np.ascontiguousarray(array), allow_pickle=False)
+        with _synced(unfinished / "case.json") as file:
+            file.write(json.dumps(plain).encode())
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            if stored_stamp(folder) != stamp:  # else another was faster
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 @contextmanager

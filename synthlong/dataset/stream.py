@@ -42,7 +42,7 @@ class PairStream(IterableDataset[dict[str, Any]]):
     It yields the dicts of `ShardDataset`, with the same numbers: images float32 `(1, S, S, S)`, rounded to float16
     as in a shard, masks uint8 `(1, S, S, S)`, `recipe` a JSON string. Take batches from `loader()`, which goes on
     from epoch to epoch and can save and restore its place. A plain `DataLoader` works too: give it the same
-    `batch_size`; it repeats an epoch (as for validation) until `set_epoch` names another.
+    `batch_size`; it repeats a whole epoch (as for validation) until `set_epoch` names another.
 
     Making a stream prepares its cases (reads them and fills their lesions, some 10 s each); workers map the result
     from disk. With several ranks, name one `work` folder: they share the work. Where `config.device` is a GPU,
@@ -103,6 +103,7 @@ class PairStream(IterableDataset[dict[str, Any]]):
         self.config, self._assets = config, asset_hashes(config)
         self._next, self._restored = [0, 0], False  # epoch and batch that a loader's next pass begins with
         self._pass = torch.zeros(2, dtype=torch.int64).share_memory_()  # those of the pass at work, for its workers
+        self._goes_on = False  # in a loader's workers: its passes may begin in mid-epoch
         self._synthesis: tuple[Inpainter, Painter, LesionBank] | None = None
         rank, ranks = self._ranks()
         with one_thread():
@@ -120,6 +121,7 @@ class PairStream(IterableDataset[dict[str, Any]]):
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         check_assets(self.config, self._assets)
         epoch, first = self._pass.tolist()
+        first = first if self._goes_on else 0
         mine = range(first + number, self._batches(), workers)  # a loader begins with worker 0 wherever it begins
         return self._samples(epoch, [batch * ranks + rank for batch in mine])
 
@@ -150,7 +152,7 @@ class PairStream(IterableDataset[dict[str, Any]]):
             raise ConfigError(f"epoch must be 0 or more, not {epoch}")
         if not (self._restored and self._next[0] == epoch):
             self._next = [epoch, 0]
-            self._pass.copy_(torch.tensor(self._next))
+        self._pass.copy_(torch.tensor([epoch, 0]))
 
     def _begin(self) -> list[int]:
         """Tell the workers where a pass begins, and return the list that it counts in: a pass before it has another."""
@@ -234,7 +236,12 @@ class PairLoader(DataLoader[Any]):
         if not len(self):
             raise ConfigError(f"drop_last leaves no batch of {self.batch_size} in {self.dataset.pairs} pairs")
         at = self.dataset._begin()
-        return self._counted(super().__iter__(), at)
+        self.dataset._goes_on = True  # workers that start here keep it; plain passes begin with batch 0
+        try:
+            batches = super().__iter__()
+        finally:
+            self.dataset._goes_on = False
+        return self._counted(batches, at)
 
     def _counted(self, batches: Iterator[Any], at: list[int]) -> Iterator[Any]:
         for batch in batches:

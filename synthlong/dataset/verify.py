@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from synthlong.dataset.index import Index, found_files, planned_shards, read_sidecar, write_index
-from synthlong.dataset.plan import read_plan
+from synthlong.dataset.plan import is_leftover, read_plan, shard_samples
 from synthlong.dataset.reader import ShardReader
 from synthlong.errors import InputError
 
@@ -74,6 +74,7 @@ class _Run:
         out: The folder.
         run_id: Of its run.
         indices: Sample indices of each shard.
+        plan: What `run.json` holds, if that can be read.
         index: What to hold the shards against; None: their sidecars.
         complete: All shards should be there; else those with a sidecar.
         found: Size of each file in `shards/`, by its name seen from the folder.
@@ -82,6 +83,7 @@ class _Run:
     out: Path
     run_id: str
     indices: list[range]
+    plan: dict[str, Any] | None
     index: Index | None
     complete: bool
     found: dict[str, int]
@@ -121,7 +123,7 @@ def verify(out: str | Path, *, quick: bool = False, progress: Progress | None = 
     if index is not None and (index.run_id, index.indices()) != (run_id, indices):
         problems.append(Problem("index.json", "is not of the run in run.json", _COPY))
         index = None
-    run = _Run(out, run_id, indices, index, (out / "index.json").exists(), found)
+    run = _Run(out, run_id, indices, plan, index, (out / "index.json").exists(), found)
     return _look(run, problems, quick=quick, progress=progress, started=started)
 
 
@@ -139,7 +141,7 @@ def rebuild_index(out: str | Path, *, progress: Progress | None = None) -> Repor
     """
     out, started = Path(out), time.monotonic()
     found, plan = _listed(out), read_plan(Path(out))
-    run = _Run(out, plan["run_id"], planned_shards(plan), None, True, found)
+    run = _Run(out, plan["run_id"], planned_shards(plan), plan, None, True, found)
     report = _look(run, [], quick=False, progress=progress, started=started)
     if not report.problems:
         write_index(out, run.run_id, [read_sidecar(out / _record(k)) for k in range(len(run.indices))])
@@ -150,7 +152,7 @@ def _look(run: _Run, problems: list[Problem], *, quick: bool, progress: Progress
     """Check every shard, whatever is found."""
     planned = range(len(run.indices))
     strange = sorted(run.found.keys() - {_file(k) for k in planned} - {_record(k) for k in planned})
-    leftovers = [name for name in strange if ".tmp-" in name]
+    leftovers = [name for name in strange if is_leftover(name.rpartition("/")[2])]
     foreign = [name for name in strange if name.endswith((".h5", ".json"))]
     problems += [Problem(name, "is not of this run", "move it away") for name in foreign]
     numbers = [k for k in planned if run.complete or _record(k) in run.found]
@@ -177,7 +179,7 @@ def _check(run: _Run, number: int, *, quick: bool) -> list[Problem]:
         sidecar = _trying(lambda out: read_sidecar(out / record), run.out, record, problems)
     if sidecar is not None:
         recorded = _Shard(sidecar["bytes"], sidecar["sha256"], [s["subject"] for s in sidecar["samples"]])
-        if [s["index"] for s in sidecar["samples"]] != list(run.indices[number]):
+        if not _is_planned(run, number, sidecar):
             problems.append(Problem(record, "is of another shard or run", _COPY))
             sidecar = None
         elif expected not in (None, recorded):
@@ -196,6 +198,14 @@ def _check(run: _Run, number: int, *, quick: bool) -> list[Problem]:
     except InputError as error:
         where = _damaged(run.out / file, sidecar) if sidecar else ""
         return [*problems, Problem(file, error.problem + where, error.way_out)]
+
+
+def _is_planned(run: _Run, number: int, sidecar: dict[str, Any]) -> bool:
+    """Return whether a sidecar records the samples that the run is to have there."""
+    recorded = [(s["index"], s["subject"]) for s in sidecar["samples"]]
+    if run.plan is None:
+        return [index for index, _ in recorded] == list(run.indices[number])
+    return recorded == shard_samples(run.plan, number)
 
 
 def _check_inside(run: _Run, number: int, shard: ShardReader, sidecar: dict[str, Any] | None) -> list[Problem]:
