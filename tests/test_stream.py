@@ -391,14 +391,11 @@ def test_a_case_stored_by_two_at_once_is_whole(stream, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_and_a_bad_case_leave_nothing(stream, manifest, tmp_path, monkeypatch):
-    from synthlong.dataset import prepared as module
-
-    def full(folder, *_, **__):
-        folder.mkdir()
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "store_case", full)
+        patch.setattr("synthlong.dataset.store.np.save", full)
         with pytest.raises(OutputError, match=r"No space left on device.*work="):
             stream(work=tmp_path)
         patch.setattr("tempfile.tempdir", str(tmp_path))

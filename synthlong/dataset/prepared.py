@@ -1,13 +1,12 @@
 """Prepared cases that outlive a process: each in a folder named by a hash of all that it depends on.
 
-Processes that name the same folder share the work without a lock: each stores under a name of its own, then renames.
+Processes that name the same folder share the work without a lock: `store_case` renames what is whole.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 import shutil
 import tempfile
 import weakref
@@ -172,21 +171,11 @@ def _folder(work: str | Path | None) -> Path:
 
 
 def _store(folder: Path, case: Case, config: SynthesisConfig, stamp: dict[str, Any]) -> None:
-    """Store a case under a name of its own, then rename it: another process may be storing the same."""
-    own = folder.with_name(f"{folder.name}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        store_case(own, case, config, stamp=stamp)
-        try:
-            own.rename(folder)
-        except OSError:
-            if stored_stamp(folder) != stamp:
-                raise
+        store_case(folder, case, config, stamp=stamp)
     except OSError as error:
-        way = "free some space, or name another folder by work="
-        raise OutputError(folder, f"a prepared case cannot be written ({error.strerror})", way) from error
-    finally:
-        for left in (own, own.with_name(own.name + ".unfinished")):
-            shutil.rmtree(left, ignore_errors=True)
+        problem = f"a prepared case cannot be written ({error.strerror or 'no space left'})"
+        raise OutputError(folder, problem, "free some space, or name another folder by work=") from error
 
 
 def _remove(folder: Path, process: int) -> None:
