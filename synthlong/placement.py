@@ -1,9 +1,11 @@
 """Where a synthetic lesion may lie, and which shape it has there.
 
-A lesion's centre is drawn with probability lesion prior x tissue: white matter counts fully, gray matter
-less, CSF, background and the surroundings of existing lesions not at all (Kamraoui et al. 2022, section 2.3).
+A lesion's centre is drawn with probability lesion prior x tissue x surroundings: white matter counts fully, gray
+matter less, CSF, background and the neighbourhood of existing lesions not at all (Kamraoui et al. 2022, section 2.3);
+the surroundings are weighed as in `surroundings_weight`.
 Its shape is a real one of about the wanted volume, found nearby in some patient, cut off where it would leave
-the tissue. A shape that does not fit is drawn again, its centre is not, so the places follow the prior.
+the tissue. A shape that does not fit, or of which much would lie close to fluid, is drawn again, its centre is not, so
+the places follow the map.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from scipy import ndimage
 
 from synthlong.case import Case
 from synthlong.errors import InputError
+from synthlong.hole import FLUID, grown_box, soft_hole
 from synthlong.lesions import SMALLEST_EVENT_MM3, LesionBank, Shape, grown
 from synthlong.tissue import GRAY, WHITE
 
@@ -27,13 +30,17 @@ __all__ = [
     "find_placements",
     "shape_at",
     "site_mask",
+    "surroundings_weight",
     "tissue_weight",
 ]
 
 _LOG_VOLUME_SD = 0.2
 _DISTANCE_SD_MM = 15.0
-_SHAPES_TRIED = 8
-_KEPT_ENOUGH = 0.7
+_SHAPES_TRIED = 12
+_CLEAR = 2.0
+_DARK, _DARK_BLUR = 0.85, 0.7
+_KEPT_ENOUGH = 0.9
+_USUAL_PULL, _STRONGEST_PULL = 0.2, 1.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +76,38 @@ def tissue_weight(tissue: NDArray[np.uint8], gray_matter: float) -> NDArray[np.f
     return np.where(tissue == WHITE, 1, np.where(tissue == GRAY, gray_matter, 0)).astype(np.float32)
 
 
+def surroundings_weight(case: Case) -> NDArray[np.float32]:
+    """Return how much more often lesions lie in such surroundings than the prior and the tissue say.
+
+        exp(7 x fluid around - 6 x fluid beside + 8 x (tissue near by - tissue farther off))
+
+    Fluid is its share under Gaussians of SD 6 and 1.5 voxels, tissue the mean of its voxels under Gaussians of SD 2 and
+    5, brain mode 1, without existing lesions and their edges. The prior knows where ventricles usually are, this where
+    they are here; most lesions do not touch them; and lesions lie where white matter is bright already.
+    The exponent is that of a logistic regression (`docs/realism.md`), about its mean, within [-1.5, 1.5].
+
+    Args:
+        case: The case.
+    """
+    weight = np.zeros(case.shape, np.float32)
+    box = grown_box(case.brain > 0, 0)
+    brain, flair = case.brain[box] > 0, case.flair[box]
+    counts = (brain & (flair >= FLUID) & (soft_hole(case.lesions[box]) == 0)).astype(np.float32)
+
+    def around(x: NDArray, sd: float) -> NDArray[np.float32]:
+        return ndimage.gaussian_filter(np.asarray(x, np.float32), sd, truncate=2.5, mode="nearest")
+
+    near, far = (around(counts * flair, sd) / np.maximum(around(counts, sd), 1e-3) for sd in (2, 5))
+    fluid = ~brain | (case.tissue[box] < GRAY)
+    pull = 7 * around(fluid, 6) - 6 * around(fluid, 1.5) + 8 * (near - far) - _USUAL_PULL
+    weight[box] = np.exp(np.clip(pull, -_STRONGEST_PULL, _STRONGEST_PULL)) * brain
+    return weight
+
+
 def allowed_of(case: Case, margin: int) -> NDArray[np.bool_]:
     """Return where synthetic lesions may lie, worked out once: gray and white matter clear of lesions.
+
+    Tissue darker than 0.85 of white matter's median, under a Gaussian of SD 0.7 voxels, is partly fluid and left out.
 
     Args:
         case: The case.
@@ -78,7 +115,10 @@ def allowed_of(case: Case, margin: int) -> NDArray[np.bool_]:
     """
     key = ("allowed", margin)
     if key not in case.derived:
-        case.derived[key] = (case.brain > 0) & (case.tissue >= GRAY) & ~grown(case.lesions, margin)
+        white = case.flair[(case.tissue == WHITE) & (case.lesions == 0)]
+        dark = _DARK * float(np.median(white)) if white.size else 0.0
+        bright = ndimage.gaussian_filter(case.flair, _DARK_BLUR, truncate=3) >= dark
+        case.derived[key] = (case.brain > 0) & (case.tissue >= GRAY) & bright & ~grown(case.lesions, margin)
     return case.derived[key]
 
 
@@ -95,6 +135,7 @@ def find_placements(case: Case, frequency: NDArray[np.float32], *, gray_matter: 
         InputError: No place is left.
     """
     weight = frequency * tissue_weight(case.tissue, gray_matter) * allowed_of(case, margin)
+    weight *= surroundings_weight(case)
     voxels = np.flatnonzero(weight).astype(np.int32)
     if not voxels.size:
         raise InputError(case.id, "no place for a synthetic lesion", "check that the scan lies in MNI152 space")
@@ -145,7 +186,7 @@ def draw_site(
         index = min(index, len(bank) - 1)
         site = Site(index, bool(side[index] < 0), (i, j, k))
         mask, box = site_mask(site, bank, allowed)
-        kept = mask.sum() / float(bank.volumes_mm3[index])
+        kept = _clear_voxels(mask, box, allowed) / float(bank.volumes_mm3[index])
         fits = mask.sum() > smallest_mm3 and not (mask & taken[box]).any()
         if fits and (best is None or kept > best[0]):
             best = (kept, site, mask, box)
@@ -166,6 +207,15 @@ def site_mask(site: Site, bank: LesionBank, allowed: NDArray[np.bool_]) -> tuple
     parts, _ = ndimage.label(voxels[inner] & allowed[box], np.ones((3, 3, 3), bool))
     own = parts[tuple(c - b.start for c, b in zip(site.centre, box, strict=True))]
     return (parts == own) & (own > 0), box
+
+
+def _clear_voxels(mask: NDArray[np.bool_], box: tuple[slice, ...], allowed: NDArray[np.bool_]) -> int:
+    """Return how many voxels of a placed shape are more than 2 voxels away from where none may lie."""
+    margin = int(_CLEAR) + 1
+    wide = tuple(slice(max(b.start - margin, 0), b.stop + margin) for b in box)
+    inner = tuple(slice(b.start - w.start, b.stop - w.start) for b, w in zip(box, wide, strict=True))
+    away = ndimage.distance_transform_edt(np.pad(allowed[wide], 1, mode="edge"))[1:-1, 1:-1, 1:-1]
+    return int(np.count_nonzero(mask & (away[inner] > _CLEAR)))
 
 
 def shape_at(site: Site, bank: LesionBank) -> tuple[NDArray[np.bool_], list[int]]:

@@ -14,6 +14,7 @@ from synthlong.placement import (
     draw_site,
     find_placements,
     site_mask,
+    surroundings_weight,
     tissue_weight,
 )
 from synthlong.tissue import CSF
@@ -28,7 +29,7 @@ def drawn(real_case):
     frequency = sample_map(frequency, affine, real_case.shape, real_case.affine)
     places = find_placements(real_case, frequency, gray_matter=0.3, margin=MARGIN)
     allowed = allowed_of(real_case, MARGIN)
-    weight = frequency * tissue_weight(real_case.tissue, 0.3) * allowed
+    weight = frequency * tissue_weight(real_case.tissue, 0.3) * allowed * surroundings_weight(real_case)
     rng, bank, taken = np.random.default_rng(0), read_bank(), np.zeros_like(allowed)
     found = []
     while len(found) < 5000:
@@ -40,7 +41,7 @@ def drawn(real_case):
     return weight, found
 
 
-def test_centres_follow_prior_times_tissue(drawn):
+def test_centres_follow_prior_times_tissue_times_surroundings(drawn):
     weight, found = drawn
     order = np.argsort(weight, axis=None, kind="stable")  # by rank: the prior has many equal values
     rising = np.cumsum(weight.ravel()[order], dtype=np.float64)
