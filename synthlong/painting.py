@@ -50,13 +50,17 @@ class LesionPainter(TrainedNetwork):
         if not weight.any():
             return np.array(x, np.float32)
         depth = soft_depth(mask)
-        guess = raised(first_guess(x, weight), profile, depth, weight > 0)
+        level = first_guess(x, weight)
+        guess = raised(level, profile, depth, weight > 0)
         seen = corrupt(x, weight, mask, seed=seed, guess=guess)
         painted = np.maximum(guess + self.change(seen), 0)
-        smooth = np.where(weight > 0, x + weight * (painted - x), x).astype(np.float32, copy=False)
+        # the profile fades by itself: the hole's edge takes it away only where little is left of the hole
+        wanted = level + np.minimum(2 * weight, 1) * (guess - level)
+        faded = wanted + weight * (painted - guess) + (1 - weight) * (x - level)
+        smooth = np.where(weight > 0, np.maximum(faded, 0), x).astype(np.float32, copy=False)
         texture = texture_of(x, weight > 0)
         spread = np.interp(depth, LEVELS, profile.spreads).astype(np.float32)
-        return mottle(smooth, weight, texture, spread=spread, there=painted - guess, seed=seed)
+        return mottle(smooth, weight, texture, spread=spread, there=smooth - wanted, seed=seed)
 
 
 class LesionSampler:

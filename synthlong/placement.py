@@ -4,8 +4,7 @@ A lesion's centre is drawn with probability lesion prior x tissue x surroundings
 matter less, CSF, background and the neighbourhood of existing lesions not at all (Kamraoui et al. 2022, section 2.3);
 the surroundings are weighed as in `surroundings_weight`.
 Its shape is a real one of about the wanted volume, found nearby in some patient, cut off where it would leave
-the tissue. A shape that does not fit, or of which much would lie close to fluid, is drawn again, its centre is not, so
-the places follow the map.
+the tissue. A shape that does not fit is drawn again, its centre is not, so the places follow the map.
 """
 
 from __future__ import annotations
@@ -36,10 +35,8 @@ __all__ = [
 
 _LOG_VOLUME_SD = 0.2
 _DISTANCE_SD_MM = 15.0
-_SHAPES_TRIED = 12
-_CLEAR = 2.0
-_DARK, _DARK_BLUR = 0.85, 0.7
-_KEPT_ENOUGH = 0.9
+_SHAPES_TRIED = 8
+_KEPT_ENOUGH = 0.7
 _USUAL_PULL, _STRONGEST_PULL = 0.2, 1.5
 
 
@@ -83,8 +80,8 @@ def surroundings_weight(case: Case) -> NDArray[np.float32]:
 
     Fluid is its share under Gaussians of SD 6 and 1.5 voxels, tissue the mean of its voxels under Gaussians of SD 2 and
     5, brain mode 1, without existing lesions and their edges. The prior knows where ventricles usually are, this where
-    they are here; most lesions do not touch them; and lesions lie where white matter is bright already.
-    The exponent is that of a logistic regression (`docs/realism.md`), about its mean, within [-1.5, 1.5].
+    they are here; most lesions do not touch them; and lesions lie where white matter is bright already. The exponent
+    is that of a logistic regression (`docs/realism.md`), about its mean, within [-1.5, 1.5].
 
     Args:
         case: The case.
@@ -107,18 +104,13 @@ def surroundings_weight(case: Case) -> NDArray[np.float32]:
 def allowed_of(case: Case, margin: int) -> NDArray[np.bool_]:
     """Return where synthetic lesions may lie, worked out once: gray and white matter clear of lesions.
 
-    Tissue darker than 0.85 of white matter's median, under a Gaussian of SD 0.7 voxels, is partly fluid and left out.
-
     Args:
         case: The case.
         margin: Voxels kept free around the case's own lesions.
     """
     key = ("allowed", margin)
     if key not in case.derived:
-        white = case.flair[(case.tissue == WHITE) & (case.lesions == 0)]
-        dark = _DARK * float(np.median(white)) if white.size else 0.0
-        bright = ndimage.gaussian_filter(case.flair, _DARK_BLUR, truncate=3) >= dark
-        case.derived[key] = (case.brain > 0) & (case.tissue >= GRAY) & bright & ~grown(case.lesions, margin)
+        case.derived[key] = (case.brain > 0) & (case.tissue >= GRAY) & ~grown(case.lesions, margin)
     return case.derived[key]
 
 
@@ -186,7 +178,7 @@ def draw_site(
         index = min(index, len(bank) - 1)
         site = Site(index, bool(side[index] < 0), (i, j, k))
         mask, box = site_mask(site, bank, allowed)
-        kept = _clear_voxels(mask, box, allowed) / float(bank.volumes_mm3[index])
+        kept = mask.sum() / float(bank.volumes_mm3[index])
         fits = mask.sum() > smallest_mm3 and not (mask & taken[box]).any()
         if fits and (best is None or kept > best[0]):
             best = (kept, site, mask, box)
@@ -207,15 +199,6 @@ def site_mask(site: Site, bank: LesionBank, allowed: NDArray[np.bool_]) -> tuple
     parts, _ = ndimage.label(voxels[inner] & allowed[box], np.ones((3, 3, 3), bool))
     own = parts[tuple(c - b.start for c, b in zip(site.centre, box, strict=True))]
     return (parts == own) & (own > 0), box
-
-
-def _clear_voxels(mask: NDArray[np.bool_], box: tuple[slice, ...], allowed: NDArray[np.bool_]) -> int:
-    """Return how many voxels of a placed shape are more than 2 voxels away from where none may lie."""
-    margin = int(_CLEAR) + 1
-    wide = tuple(slice(max(b.start - margin, 0), b.stop + margin) for b in box)
-    inner = tuple(slice(b.start - w.start, b.stop - w.start) for b, w in zip(box, wide, strict=True))
-    away = ndimage.distance_transform_edt(np.pad(allowed[wide], 1, mode="edge"))[1:-1, 1:-1, 1:-1]
-    return int(np.count_nonzero(mask & (away[inner] > _CLEAR)))
 
 
 def shape_at(site: Site, bank: LesionBank) -> tuple[NDArray[np.bool_], list[int]]:
