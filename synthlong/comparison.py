@@ -19,7 +19,7 @@ from synthlong.hole import first_guess, hole_in
 from synthlong.inpainting import crop
 from synthlong.lesions import LesionBank, LesionMap, Shape
 from synthlong.placement import Site, shape_at
-from synthlong.profile import Profile, contrast_of, depth_in
+from synthlong.profile import Profile, contrast_of, soft_depth
 
 __all__ = ["CopyPainter", "EllipsoidPainter", "donor_of", "shapes_for"]
 
@@ -37,7 +37,7 @@ class EllipsoidPainter:
         weight = hole_in(x, mask)
         if not weight.any():
             return np.array(x, np.float32)
-        bright = first_guess(x, weight)[mask].mean() + contrast_of(profile, depth_in(mask))
+        bright = first_guess(x, weight)[mask].mean() + contrast_of(profile, soft_depth(mask))
         share = ndimage.gaussian_filter(mask.astype(np.float32), _EDGE) * (weight > 0)
         return (x + share * (bright - x)).astype(np.float32)
 

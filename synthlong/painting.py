@@ -14,11 +14,11 @@ from scipy import ndimage
 
 from synthlong.case import Case
 from synthlong.errors import InputError
-from synthlong.hole import FLUID, REACH, corrupt, first_guess, hole_in
+from synthlong.hole import FLUID, corrupt, first_guess, hole_in
 from synthlong.inpainting import crop
 from synthlong.lesions import find_lesions
 from synthlong.networks import UNetConfig
-from synthlong.profile import LEVELS, Profile, depth_in, profile_of, raised
+from synthlong.profile import LEVELS, Profile, profile_of, raised, soft_depth
 from synthlong.sampling import MOST_DRAWS, Sample, draw_orientation, draw_variation, vary
 from synthlong.texture import mottle, texture_of
 from synthlong.weights import TrainedNetwork
@@ -49,14 +49,18 @@ class LesionPainter(TrainedNetwork):
         weight = hole_in(x, mask)
         if not weight.any():
             return np.array(x, np.float32)
-        depth = depth_in(mask, reach=REACH + 1)
-        guess = raised(first_guess(x, weight), profile, depth, weight > 0)
+        depth = soft_depth(mask)
+        level = first_guess(x, weight)
+        guess = raised(level, profile, depth, weight > 0)
         seen = corrupt(x, weight, mask, seed=seed, guess=guess)
         painted = np.maximum(guess + self.change(seen), 0)
-        smooth = np.where(weight > 0, x + weight * (painted - x), x).astype(np.float32, copy=False)
+        # the profile fades by itself: the hole's edge takes it away only where little is left of the hole
+        wanted = level + np.minimum(2 * weight, 1) * (guess - level)
+        faded = wanted + weight * (painted - guess) + (1 - weight) * (x - level)
+        smooth = np.where(weight > 0, np.maximum(faded, 0), x).astype(np.float32, copy=False)
         texture = texture_of(x, weight > 0)
         spread = np.interp(depth, LEVELS, profile.spreads).astype(np.float32)
-        return mottle(smooth, weight, texture, spread=spread, there=painted - guess, seed=seed)
+        return mottle(smooth, weight, texture, spread=spread, there=smooth - wanted, seed=seed)
 
 
 class LesionSampler:
@@ -109,7 +113,7 @@ def raised_by_own(x: NDArray, guess: NDArray, labels: NDArray, weight: NDArray) 
         labels: Its lesions, numbered; 0 elsewhere.
         weight: The hole.
     """
-    depth, excess = depth_in(labels), x - guess
+    depth, excess = soft_depth(labels > 0), x - guess
     at = ndimage.distance_transform_edt(labels == 0, return_distances=False, return_indices=True)
     nearest = labels[tuple(at)]
     for number in np.unique(labels[labels > 0]):

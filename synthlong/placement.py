@@ -1,9 +1,10 @@
 """Where a synthetic lesion may lie, and which shape it has there.
 
-A lesion's centre is drawn with probability lesion prior x tissue: white matter counts fully, gray matter
-less, CSF, background and the surroundings of existing lesions not at all (Kamraoui et al. 2022, section 2.3).
+A lesion's centre is drawn with probability lesion prior x tissue x surroundings: white matter counts fully, gray
+matter less, CSF, background and the neighbourhood of existing lesions not at all (Kamraoui et al. 2022, section 2.3);
+the surroundings are weighed as in `surroundings_weight`.
 Its shape is a real one of about the wanted volume, found nearby in some patient, cut off where it would leave
-the tissue. A shape that does not fit is drawn again, its centre is not, so the places follow the prior.
+the tissue. A shape that does not fit is drawn again, its centre is not, so the places follow the map.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from scipy import ndimage
 
 from synthlong.case import Case
 from synthlong.errors import InputError
+from synthlong.hole import FLUID, grown_box, soft_hole
 from synthlong.lesions import SMALLEST_EVENT_MM3, LesionBank, Shape, grown
 from synthlong.tissue import GRAY, WHITE
 
@@ -27,6 +29,7 @@ __all__ = [
     "find_placements",
     "shape_at",
     "site_mask",
+    "surroundings_weight",
     "tissue_weight",
 ]
 
@@ -34,6 +37,7 @@ _LOG_VOLUME_SD = 0.2
 _DISTANCE_SD_MM = 15.0
 _SHAPES_TRIED = 8
 _KEPT_ENOUGH = 0.7
+_USUAL_PULL, _STRONGEST_PULL = 0.2, 1.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +73,34 @@ def tissue_weight(tissue: NDArray[np.uint8], gray_matter: float) -> NDArray[np.f
     return np.where(tissue == WHITE, 1, np.where(tissue == GRAY, gray_matter, 0)).astype(np.float32)
 
 
+def surroundings_weight(case: Case) -> NDArray[np.float32]:
+    """Return how much more often lesions lie in such surroundings than the prior and the tissue say.
+
+        exp(7 x fluid around - 6 x fluid beside + 8 x (tissue near by - tissue farther off))
+
+    Fluid is its share under Gaussians of SD 6 and 1.5 voxels, tissue the mean of its voxels under Gaussians of SD 2 and
+    5, brain mode 1, without existing lesions and their edges. The prior knows where ventricles usually are, this where
+    they are here; most lesions do not touch them; and lesions lie where white matter is bright already. The exponent
+    is that of a logistic regression (`docs/realism.md`), about its mean, within [-1.5, 1.5].
+
+    Args:
+        case: The case.
+    """
+    weight = np.zeros(case.shape, np.float32)
+    box = grown_box(case.brain > 0, 0)
+    brain, flair = case.brain[box] > 0, case.flair[box]
+    counts = (brain & (flair >= FLUID) & (soft_hole(case.lesions[box]) == 0)).astype(np.float32)
+
+    def around(x: NDArray, sd: float) -> NDArray[np.float32]:
+        return ndimage.gaussian_filter(np.asarray(x, np.float32), sd, truncate=2.5, mode="nearest")
+
+    near, far = (around(counts * flair, sd) / np.maximum(around(counts, sd), 1e-3) for sd in (2, 5))
+    fluid = ~brain | (case.tissue[box] < GRAY)
+    pull = 7 * around(fluid, 6) - 6 * around(fluid, 1.5) + 8 * (near - far) - _USUAL_PULL
+    weight[box] = np.exp(np.clip(pull, -_STRONGEST_PULL, _STRONGEST_PULL)) * brain
+    return weight
+
+
 def allowed_of(case: Case, margin: int) -> NDArray[np.bool_]:
     """Return where synthetic lesions may lie, worked out once: gray and white matter clear of lesions.
 
@@ -95,6 +127,7 @@ def find_placements(case: Case, frequency: NDArray[np.float32], *, gray_matter: 
         InputError: No place is left.
     """
     weight = frequency * tissue_weight(case.tissue, gray_matter) * allowed_of(case, margin)
+    weight *= surroundings_weight(case)
     voxels = np.flatnonzero(weight).astype(np.int32)
     if not voxels.size:
         raise InputError(case.id, "no place for a synthetic lesion", "check that the scan lies in MNI152 space")

@@ -20,7 +20,8 @@ __all__ = ["Texture", "mottle", "roughen", "texture_of"]
 _SMOOTH, _AROUND = 1.5, 1.5
 _FEWEST = 500
 _COARSE = 1.2
-_SKEW = 0.25
+_SKEW = 0.4
+_FINE = 1.3
 _WIDTHS = np.concatenate([[0.0], np.linspace(0.3, 3, 55)])
 
 
@@ -146,7 +147,7 @@ def mottle(
         seed: Seed of the noise.
     """
     lacking = np.maximum(spread**2 - ndimage.gaussian_filter(there**2, _AROUND), 0)
-    fine = np.minimum(lacking, texture.whole_sd**2)
+    fine = np.minimum(lacking, (_FINE * texture.whole_sd) ** 2)
     white = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,))).standard_normal(x.shape, np.float32)
     coarse = ndimage.gaussian_filter(white, np.maximum(texture.widths, _COARSE), mode="wrap")
     share = np.sqrt(fine / np.maximum(lacking, 1e-9))

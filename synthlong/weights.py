@@ -25,7 +25,8 @@ from synthlong.networks import UNet, UNetConfig, infer
 __all__ = ["TrainedNetwork", "read_weights", "write_weights"]
 
 _KEY = "synthlong"
-_FORMAT = "synthlong-weights/1"
+_FORMATS = {"inpainter": "synthlong-weights/1", "generator": "synthlong-weights/2"}
+"""What is read and written; the generator's second one corrects a guess along a smoothed outline (`profile`)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +74,7 @@ def write_weights(path: Path, network: UNet, *, task: str, card: dict[str, Any])
     from synthlong.dataset.shards import publish
 
     tensors = {name: t.detach().cpu().float().contiguous() for name, t in network.state_dict().items()}
-    about = {"format": _FORMAT, "task": task, "network": network.config.as_dict()}
+    about = {"format": _FORMATS[task], "task": task, "network": network.config.as_dict()}
     # one metadata key: with several, safetensors' hash order changes the bytes at every save
     data = save(tensors, metadata={_KEY: json.dumps(about, sort_keys=True)})
     sha256 = hashlib.sha256(data).hexdigest()
@@ -107,12 +108,15 @@ def read_weights(path: Path, *, task: str) -> tuple[UNet, str]:
         about = json.loads(_metadata(data)[_KEY])
         config = UNetConfig(**about["network"])
         found = about["task"]
-        if about["format"] != _FORMAT:
-            raise ValueError(f"format {about['format']}")
+        made = str(about["format"])
+        if not made.startswith("synthlong-weights/"):
+            raise ValueError(f"format {made}")
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(path, f"not synthlong weights ({type(error).__name__})", way) from error
     if found != task:
         raise InputError(path, f"weights of the {found}, not of the {task}", way)
+    if made != _FORMATS[task]:
+        raise InputError(path, f"weights of format {made!a}, this version reads {_FORMATS[task]}", way)
     with torch.random.fork_rng(devices=()):  # its first weights are drawn, only to be replaced
         network = UNet(config)
     wanted = network.state_dict()

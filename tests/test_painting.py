@@ -110,8 +110,8 @@ def test_the_first_guess_of_a_sample_has_each_lesions_own_contrast(small_case):
     assert np.array_equal(guess[weight == 0], plain[weight == 0])
     for number, contrast in ((1, 0.3), (2, 0.6)):
         there = labels == number
-        assert (guess - plain)[there].mean() == pytest.approx((x - plain)[there].mean(), abs=0.01)
-        assert (guess - small_case.healthy)[there].mean() == pytest.approx(contrast, abs=0.05)
+        assert (guess - plain)[there].mean() == pytest.approx((x - plain)[there].mean(), rel=0.2)
+        assert (guess - small_case.healthy)[there].mean() == pytest.approx(contrast, abs=0.12)
 
 
 def test_no_lesions_to_learn_from(small_case):

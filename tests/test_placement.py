@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -6,6 +8,7 @@ from scipy import ndimage
 
 from synthlong.atlas import lesion_prior, sample_map
 from synthlong.errors import InputError
+from synthlong.hole import FLUID
 from synthlong.lesions import LesionBank, Shape, read_bank
 from synthlong.placement import (
     PlacementMap,
@@ -14,6 +17,7 @@ from synthlong.placement import (
     draw_site,
     find_placements,
     site_mask,
+    surroundings_weight,
     tissue_weight,
 )
 from synthlong.tissue import CSF
@@ -28,7 +32,7 @@ def drawn(real_case):
     frequency = sample_map(frequency, affine, real_case.shape, real_case.affine)
     places = find_placements(real_case, frequency, gray_matter=0.3, margin=MARGIN)
     allowed = allowed_of(real_case, MARGIN)
-    weight = frequency * tissue_weight(real_case.tissue, 0.3) * allowed
+    weight = frequency * tissue_weight(real_case.tissue, 0.3) * allowed * surroundings_weight(real_case)
     rng, bank, taken = np.random.default_rng(0), read_bank(), np.zeros_like(allowed)
     found = []
     while len(found) < 5000:
@@ -40,7 +44,7 @@ def drawn(real_case):
     return weight, found
 
 
-def test_centres_follow_prior_times_tissue(drawn):
+def test_centres_follow_prior_times_tissue_times_surroundings(drawn):
     weight, found = drawn
     order = np.argsort(weight, axis=None, kind="stable")  # by rank: the prior has many equal values
     rising = np.cumsum(weight.ravel()[order], dtype=np.float64)
@@ -98,6 +102,55 @@ def test_tissue_weight():
     tissue = np.array([0, 1, 2, 3], np.uint8)
     assert tissue_weight(tissue, 0.25).tolist() == [0, 0, 0.25, 1]
     assert tissue_weight(tissue, 0).tolist() == [0, 0, 0, 1]
+
+
+def slow_surroundings(case, at):
+    """The exponent at one voxel, by sums over the cubes around it."""
+    inside = np.argwhere(case.brain)
+    box = tuple(slice(a, b + 1) for a, b in zip(inside.min(axis=0), inside.max(axis=0), strict=True))
+    far = ndimage.distance_transform_edt(case.lesions == 0)
+    tissue = ((case.brain > 0) & (case.flair >= FLUID) & (far >= 2.5))[box].astype(float)
+    fluid = ((case.brain == 0) | (case.tissue <= CSF))[box].astype(float)
+
+    def around(x, sd):
+        reach = int(2.5 * sd + 0.5)
+        line = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sd) ** 2)
+        line /= line.sum()
+        start = [a - b.start for a, b in zip(at, box, strict=True)]
+        cube = np.pad(x, reach, mode="edge")[tuple(slice(s, s + 2 * reach + 1) for s in start)]
+        return np.einsum("ijk,i,j,k", cube, line, line, line)
+
+    near, farther = (around(tissue * case.flair[box], sd) / around(tissue, sd) for sd in (2, 5))
+    return 7 * around(fluid, 6) - 6 * around(fluid, 1.5) + 8 * (near - farther) - 0.2
+
+
+def test_surroundings_weight_is_the_slow_one(small_case):
+    weight = surroundings_weight(small_case)
+    assert weight.dtype == np.float32
+    assert not weight[small_case.brain == 0].any()
+    reached = set()
+    for at in [(20, 20, 27), (20, 30, 20), (14, 20, 13), (20, 20, 36), (20, 24, 24), (29, 21, 20)]:
+        exponent = slow_surroundings(small_case, at)
+        assert weight[at] == pytest.approx(np.exp(np.clip(exponent, -1.5, 1.5)), rel=2e-3)
+        reached.add(abs(exponent) > 1.5)
+    assert False in reached
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.floats(0.7, 1.5), st.integers(8, 12))
+def test_surroundings_of_even_tissue_far_from_fluid_are_all_alike(level, half):
+    side = 2 * half + 32
+    inner = np.ones((side,) * 3, np.float32)
+    case = SimpleNamespace(
+        shape=inner.shape,
+        brain=inner,
+        flair=inner * np.float32(level),
+        tissue=np.full(inner.shape, 3, np.uint8),
+        lesions=np.zeros(inner.shape, np.uint8),
+    )
+    assert surroundings_weight(case) == pytest.approx(np.exp(-0.2), rel=1e-4)
+    case.flair[side // 2, side // 2, side // 2] = case.brain[0, 0, 0] = 0
+    assert surroundings_weight(case)[0, 0, 0] == 0
 
 
 def test_allowed_is_worked_out_once(small_case):

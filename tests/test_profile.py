@@ -1,5 +1,8 @@
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
 
 from synthlong.lesions import find_lesions
 from synthlong.profile import (
@@ -11,6 +14,7 @@ from synthlong.profile import (
     profile_of,
     profiles_in,
     raised,
+    soft_depth,
     typical,
 )
 
@@ -32,6 +36,42 @@ def test_depth_is_half_a_voxel_on_either_side_of_a_face():
     exact, fast = depth_in(near), depth_in(near, reach=4)
     assert np.array_equal(fast[exact >= -3.5], exact[exact >= -3.5])
     assert (fast[exact < -5] <= -3.5).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 2))
+def test_a_soft_depth_is_the_depth_but_for_the_outline(seed, axis):
+    rng = np.random.default_rng(seed)
+    mask = ndimage.gaussian_filter(rng.standard_normal((26, 24, 25)), 2) > 0.05
+    mask[:7] = mask[-7:] = mask[:, :7] = mask[:, -7:] = mask[..., :7] = mask[..., -7:] = False
+    mask[12, 12, 12] = True
+    before = mask.copy()
+    soft, hard = soft_depth(mask), np.maximum(depth_in(mask), -4)
+    near = hard > -2.5
+    assert np.array_equal(mask, before)
+    assert soft.dtype == np.float32
+    assert soft[near].mean() == pytest.approx(hard[near].mean(), abs=1e-4)
+    assert soft[near].std() == pytest.approx(hard[near].std(), abs=1e-4)
+    slow = ndimage.gaussian_filter(hard.astype(np.float64), 0.7, mode="nearest")  # the whole array, not a box
+    stretch = hard[near].std() / slow[near].std()
+    slow = hard[near].mean() + stretch * (slow - slow[near].mean())
+    assert soft == pytest.approx(np.maximum(slow, -4), abs=1e-3)
+    assert soft_depth(np.flip(mask, axis)) == pytest.approx(np.flip(soft, axis), abs=1e-4)
+
+
+def test_a_soft_depth_has_no_steps_along_an_oblique_border():
+    i, j, k = np.indices((28, 28, 28)) - 14
+    slope = i + 0.4 * j
+    within = np.maximum(np.maximum(abs(j), abs(k)), abs(i)) < 9
+    mask = (slope <= 0) & within
+    middle = (np.maximum(np.maximum(abs(j), abs(k)), abs(i)) < 4) & (abs(slope) < 3)
+    exact = -slope / np.hypot(1, 0.4)
+
+    def off(depth):
+        line = np.polynomial.Polynomial.fit(exact[middle], depth[middle], 1)
+        return np.abs(depth[middle] - line(exact[middle])).mean()
+
+    assert off(soft_depth(mask)) < 0.6 * off(depth_in(mask))
 
 
 def test_a_raised_guess_is_as_bright_as_its_profile_says():

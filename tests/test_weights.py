@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from synthlong import weights
 from synthlong.errors import InputError
 from synthlong.networks import UNet, UNetConfig
 from synthlong.weights import read_weights, write_weights
@@ -53,6 +54,17 @@ def test_the_same_network_gives_the_same_bytes(stored, tmp_path):
 
 def test_writing_leaves_nothing_else_behind(stored):
     assert sorted(p.name for p in stored.parent.iterdir()) == ["w.json", "w.safetensors"]
+
+
+def test_weights_of_another_format_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "g.safetensors"
+    monkeypatch.setitem(weights._FORMATS, "generator", "synthlong-weights/1")
+    write_weights(path, network(), task="generator", card={})
+    read_weights(path, task="generator")
+    monkeypatch.undo()
+    with pytest.raises(InputError, match=r"weights of format 'synthlong-weights/1', this version reads .*/2") as caught:
+        read_weights(path, task="generator")
+    assert "synthlong fit generator" in str(caught.value)
 
 
 def test_missing_weights(tmp_path):

@@ -83,8 +83,11 @@ def main() -> None:
     say(f"{'':24s}     n " + " ".join(f"{n:>18s}" for n in names))
     pairs = {"tissue, inpainted": (tissue, filled)} | {name: (real, patches) for name, patches in made.items()}
     for name, (one, other) in pairs.items():
-        cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*two_sample(one, other, c)) for c in names]
+        verdicts = [two_sample(one, other, c) for c in names]
+        cells = [f"{v.auc:.2f} [{v.interval[0]:.2f}, {v.interval[1]:.2f}]" for v in verdicts]
         say(f"{name:24s} {len(one):3d}/{len(other):3d}" + " ".join(f"{c:>18s}" for c in cells))
+        for patient in verdicts[0].patients:
+            say(f"    in {patient:25s}" + " ".join(f"{v.patients[patient]:<18.2f}" for v in verdicts))
         say("    told by " + ", ".join(f"{n} {a:.2f}" for n, a in telling_features(one, other)))
     say(f"\n{time.monotonic() - started:.0f} s")
 
@@ -137,6 +140,8 @@ def removal_table(rows: list[dict]) -> list[str]:
 
 def repainting_table(rows: list[dict[str, float]]) -> list[str]:
     """Return the table of repainting."""
+    if not rows:
+        return ["no lesion lies alone"]
     table = {k: np.array([r[k] for r in rows]) for k in rows[0]}
     lines = [f"{len(rows)} lesions, MAE in the hole {table['mae'].mean():.3f}"]
     for name in ("contrast", "edge", "texture"):
@@ -150,6 +155,8 @@ def repainting_table(rows: list[dict[str, float]]) -> list[str]:
 def _place_distances(real: np.ndarray, made: np.ndarray) -> str:
     from scipy.stats import ks_2samp
 
+    if not len(real) or not len(made):
+        return "no lesions"
     apart = [float(ks_2samp(real[:, n], made[:, n]).statistic) for n in range(4)]
     return ", ".join(f"{n} {a:.2f}" for n, a in zip(("|x|", "y", "z", "volume"), apart, strict=True))
 

@@ -125,6 +125,8 @@ def repainted(fold: Fold, case: Case, number: int, *, own: bool) -> Patch:
 def config_like(case: Case, painter: str) -> SynthesisConfig:
     """Return a config that draws lesions as large as the case's own that lie alone."""
     sizes = np.log([patch.mask.sum() for _, patch in real_lesions(case)])
+    if not sizes.size:
+        return replace(CONFIG, painter=painter)
     median, spread = float(np.exp(np.median(sizes))), float(np.std(sizes))
     return replace(CONFIG, painter=painter, volume_median_mm3=max(median, 4.0), volume_log_sd=spread)
 

@@ -27,8 +27,9 @@ def page_of(title: str, tables: str, groups: dict[str, list[Patch]], count: int 
 def quiz_of(real: list[Patch], made: list[Patch], count: int = 50, seed: int = 0) -> tuple[str, list[str]]:
     """Return a page of real and made lesions, mixed without labels, and the answers."""
     rng = np.random.default_rng(seed)
-    chosen = [("real", p) for p in rng.choice(np.array(real, object), count // 2, replace=False)]
-    chosen += [("made", p) for p in rng.choice(np.array(made, object), count - count // 2, replace=False)]
+    half = min(count // 2, len(real), len(made))
+    chosen = [("real", real[n]) for n in rng.permutation(len(real))[:half]]
+    chosen += [("made", made[n]) for n in rng.permutation(len(made))[:half]]
     chosen = [chosen[n] for n in rng.permutation(len(chosen))]
     cells = [f"<figure>{_image(p)}<figcaption>{n}</figcaption></figure>" for n, (_, p) in enumerate(chosen, start=1)]
     return _html("Which are real?", cells), [kind for kind, _ in chosen]

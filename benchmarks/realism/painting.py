@@ -45,6 +45,9 @@ def distances(real: list[Patch], made: list[Patch]) -> dict[str, float]:
     patients = sorted({p.patient for p in real} & {p.patient for p in made})
     share = np.array([sum(p.patient == q for p in real) for q in patients], float)
     for name in ("contrast", "edge", "texture"):
+        if not patients:
+            found[name] = np.nan
+            continue
         apart = [
             ks_2samp(*([appearance(p)[name] for p in group if p.patient == q] for group in (real, made))).statistic
             for q in patients

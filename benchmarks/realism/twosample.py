@@ -8,6 +8,7 @@ resampled patches.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -22,29 +23,48 @@ from torch import nn
 from .material import SIDE, Patch
 from .measures import FEATURES, features
 
-__all__ = ["CLASSIFIERS", "telling_features", "two_sample"]
+__all__ = ["CLASSIFIERS", "Verdict", "telling_features", "two_sample"]
 
 _RESAMPLED = 500
 _CROP = 24
 Scores = Callable[[list[Patch], NDArray, list[Patch]], NDArray]
 
 
-def two_sample(real: list[Patch], made: list[Patch], classifier: str) -> tuple[float, float, float]:
-    """Return the AUC and its interval; not a number with fewer than two patients."""
+@dataclass(frozen=True)
+class Verdict:
+    """What a classifier reaches.
+
+    Args:
+        auc: Averaged over patients; not a number with fewer than two.
+        interval: 2.5 and 97.5 %.
+        patients: AUC within each.
+    """
+
+    auc: float = np.nan
+    interval: tuple[float, float] = (np.nan, np.nan)
+    patients: dict[str, float] = field(default_factory=dict)
+
+
+def two_sample(real: list[Patch], made: list[Patch], classifier: str) -> Verdict:
+    """Return how well a classifier that saw other patients tells the real from the made."""
+    if not real or not made:
+        return Verdict()
     patches, truth = real + made, np.repeat([0, 1], [len(real), len(made)])
     owners = np.array([p.patient for p in patches])
-    scored = []
+    scored, names = [], []
     for patient in sorted(set(owners)):
         test, train = np.flatnonzero(owners == patient), np.flatnonzero(owners != patient)
         if len(set(truth[test])) == len(set(truth[train])) == 2:
             scores = CLASSIFIERS[classifier]([patches[n] for n in train], truth[train], [patches[n] for n in test])
             scored.append((truth[test], scores))
+            names.append(patient)
     if not scored:
-        return np.nan, np.nan, np.nan
+        return Verdict()
     rng = np.random.default_rng(0)
     drawn = [_averaged([_resampled(rng, *s) for s in scored]) for _ in range(_RESAMPLED)]
     low, high = np.quantile(drawn, [0.025, 0.975])
-    return _averaged(scored), float(low), float(high)
+    each = {name: float(roc_auc_score(*s)) for name, s in zip(names, scored, strict=True)}
+    return Verdict(_averaged(scored), (float(low), float(high)), each)
 
 
 def _averaged(scored: list[tuple[NDArray, NDArray]]) -> float:
@@ -123,9 +143,13 @@ CLASSIFIERS: dict[str, Scores] = {"logistic": _logistic, "boosting": _boosting, 
 def telling_features(real: list[Patch], made: list[Patch], most: int = 5) -> list[tuple[str, float]]:
     """Return the features that tell the two apart best, each with its AUC alone, within patients."""
     patches, truth = real + made, np.repeat([0, 1], [len(real), len(made)])
+    if not patches:
+        return []
     owners, table = np.array([p.patient for p in patches]), _table(patches)
     found = []
     for n, name in enumerate(FEATURES):
         groups = [(truth[owners == p], table[owners == p, n]) for p in sorted(set(owners))]
-        found.append((name, _averaged([g for g in groups if len(set(g[0])) == 2])))
+        both = [g for g in groups if len(set(g[0])) == 2]
+        if both:
+            found.append((name, _averaged(both)))
     return sorted(found, key=lambda f: -abs(f[1] - 0.5))[:most]
