@@ -66,6 +66,14 @@ def test_a_death_costs_its_task_only(tmp_path):
     assert seen[-1] == 1 + 2 + 3 + 3 + 1  # what dead workers counted is forgotten
 
 
+def test_workers_that_die_at_rest_are_replaced():
+    with LocalPool(2, tasks=8) as pool:
+        pids = {pid for _, _, pid in pool.run(threads, range(4))}
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        assert sorted(pool.run(square, range(4))) == [0, 1, 4, 9]
+
+
 def test_an_error_ends_the_run_and_the_workers():
     with pytest.raises(FileNotFoundError, match="which"), LocalPool(1, tasks=3) as pool:
         list(pool.run(fail, ["which", "not this", "nor this"]))

@@ -1,5 +1,6 @@
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -53,7 +54,20 @@ def test_stamp_tells_what_a_stored_case_depends_on(stored, tmp_path, small_case)
     assert stored_stamp(tmp_path / "none") is None
     store_case(stored, small_case, CONFIG, stamp={"seed": 2})
     assert stored_stamp(stored) == {"seed": 2}
+    before = stored.stat().st_ino
+    store_case(stored, small_case, CONFIG, stamp={"seed": 2})
+    assert stored.stat().st_ino == before, "a case that has readers was replaced by its like"
     assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_a_case_that_two_processes_store_is_whole(tmp_path, small_case):
+    """A cluster may do a task twice: neither ever shows the other's half of it."""
+    work = [(tmp_path / "case", small_case, seed) for seed in (1, 1, 1, 1)]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in threads.map(lambda w: store_case(w[0], w[1], CONFIG, stamp={"seed": w[2]}), work):
+            assert stored_stamp(tmp_path / "case") == {"seed": 1}
+            assert np.array_equal(open_case(tmp_path / "case", CONFIG).flair, small_case.flair)
+    assert [p.name for p in tmp_path.iterdir()] == ["case"]
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors in /proc")

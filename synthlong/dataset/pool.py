@@ -13,9 +13,9 @@ import signal
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, MutableSequence, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnContext, SpawnProcess
@@ -75,6 +75,10 @@ class Pool(ABC):
     def count(self, slot: int) -> int:
         """Return what a task has counted so far, where that is known, or when it ended."""
 
+    def is_broken(self) -> bool:
+        """Whether no task that was submitted will be done any more."""
+        return False
+
     @abstractmethod
     def stop(self) -> None:
         """End all workers of this machine; those of a cluster stop after the sample, or the case, that they work on."""
@@ -91,17 +95,18 @@ class Pool(ABC):
         """
         slots = range(self._used, self._used + len(tasks))
         self._used = slots.stop
-        waiting, running, deaths = (
-            deque(zip(slots, tasks, strict=True)),
-            dict[Future[Any], tuple[int, Any]](),
-            Counter[int](),
-        )
+        waiting, deaths = deque(zip(slots, tasks, strict=True)), Counter[int]()
+        running: dict[Future[Any], tuple[int, Any]] = {}
         while waiting or running:
             most = _AHEAD * self.size
             while waiting and len(running) < most:
                 slot, task = waiting.popleft()
                 running[self.submit(slot, work, task)] = slot, task
             done, _ = wait(running, timeout=_POLL_S, return_when=FIRST_COMPLETED)
+            if self.is_broken():
+                for future in running:
+                    with suppress(InvalidStateError):  # it was done
+                        future.set_exception(BrokenProcessPool("all workers died"))
             if report:
                 report(sum(map(self.count, slots)))
             for future in done:
@@ -141,13 +146,16 @@ class LocalPool(Pool):
         self._open()
 
     def submit(self, slot: int, work: Callable[[Any], Any], task: Any) -> Future[Any]:  # noqa: D102
-        if not self._pool.active:  # a worker died between two tasks: pebble gives the whole pool up
+        if self.is_broken():
             self.stop()
             self._open()
         return self._pool.schedule(call, (slot, work, task))
 
     def count(self, slot: int) -> int:  # noqa: D102
         return int(self._counts[slot])
+
+    def is_broken(self) -> bool:  # noqa: D102
+        return not self._pool.active  # pebble gives the whole pool up if a worker dies between two tasks
 
     def stop(self) -> None:  # noqa: D102
         self._pool.stop()

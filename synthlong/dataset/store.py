@@ -65,12 +65,13 @@ def store_case(folder: Path, case: Case, config: SynthesisConfig, *, stamp: dict
                 np.save(file, np.ascontiguousarray(array), allow_pickle=False)
         with _synced(unfinished / "case.json") as file:
             file.write(json.dumps(plain).encode())
-        shutil.rmtree(folder, ignore_errors=True)
         try:
             unfinished.rename(folder)
         except OSError:
-            if stored_stamp(folder) != stamp:  # else another was faster
-                raise
+            if stored_stamp(folder) == stamp:  # another was faster, and may have readers already
+                return
+            shutil.rmtree(folder, ignore_errors=True)
+            unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
