@@ -101,9 +101,8 @@ class DaskPool(Pool):
             self._probe.write_text(token)
             self._demand = _Demand(self._probe.resolve(), token, environment, self._stop.name)
             workers = self._client.scheduler_info(n_workers=-1)["workers"]
-            asked = [self._client.submit(_check, self._demand, workers=[w], pure=False) for w in workers]
-            distributed.wait(asked, timeout=_PATIENCE_S)
-            self._client.gather(asked)
+            for asked in [self._executor.submit(_check, self._demand, workers=[w]) for w in workers]:
+                asked.result(timeout=_PATIENCE_S)
         except TimeoutError as error:
             self.stop()
             raise OutputError(where, "a worker does not answer", "restart the workers") from error
