@@ -6,6 +6,8 @@ the encoder's features are concatenated on the way (Schmidt-Mengin et al. 2022, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Literal
@@ -18,7 +20,7 @@ from torch.nn import functional as F
 
 from synthlong.errors import ConfigError
 
-__all__ = ["ConvBlock", "UNet", "UNetConfig", "check_device", "default_precision", "infer"]
+__all__ = ["ConvBlock", "UNet", "UNetConfig", "check_device", "default_precision", "infer", "one_thread"]
 
 
 @dataclass(frozen=True)
@@ -133,3 +135,14 @@ def infer(network: UNet, x: NDArray, *, precision: str, device: str = "cpu") -> 
     with torch.inference_mode(), torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16"):
         y = network(batch)[0].float().cpu().numpy()
     return np.ascontiguousarray(y[:, : sides[0], : sides[1], : sides[2]])
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one torch thread, as the workers of a run do: with two, the bits of a result change."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -10,14 +10,12 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from synthlong.case import Case
 from synthlong.dataset.plan import environment
@@ -27,7 +25,7 @@ from synthlong.errors import ConfigError, InputError, OutputError
 from synthlong.manifest import CaseFiles, find_cases
 from synthlong.synthesis import SynthesisConfig
 
-__all__ = ["PreparedCases", "one_thread", "plain_hash"]
+__all__ = ["PreparedCases", "plain_hash"]
 
 _MOST_OPEN = 16  # a case holds a dozen file descriptors while it is open
 _ARRAYS = ("flair", "lesions", "brain", "tissue", "healthy", "affine")
@@ -97,17 +95,6 @@ class PreparedCases:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}}
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute with one torch thread, as workers do: with two, the bits of a result change."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def plain_hash(plain: Any) -> str:

@@ -16,6 +16,7 @@ from synthlong.dataset.shards import IMAGES, VOLUMES, ShardDataset
 from synthlong.errors import ConfigError, InputError, InputWarning, SynthlongError
 from synthlong.inpainting import heal
 from synthlong.manifest import find_cases
+from synthlong.networks import one_thread
 from synthlong.pair import Pair, render
 from synthlong.recipe import Recipe
 from synthlong.synthesis import SynthesisConfig
@@ -55,9 +56,7 @@ def replay(
     files = {f.subject: f for f in find_cases(source)}.get(recipe.case_id)
     if files is None:
         raise InputError(source, f"case '{recipe.case_id}' is not in it", "name the run's cases with --cases")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # with two, the bits of a result change
-    try:
+    with one_thread():
         case = files.read(prefer=plan["prefer"])
         recorded = next(c["sources"] for c in plan["cases"] if c["subject"] == recipe.case_id)
         if case.sources != recorded:
@@ -70,8 +69,6 @@ def replay(
         pair = render(healed, recipe, painter=painter, bank=bank)
         _compare(pair, stored, run, number, plan)
         return render(healed, recipe, painter=painter, bank=bank, whole=True) if whole else pair
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _compare(pair: Pair, stored: dict[str, Any], run: Path, number: int, plan: dict[str, Any]) -> None:

@@ -23,12 +23,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from synthlong.case import Case
 from synthlong.dataset.cases import check_assets, synthesis_of
 from synthlong.dataset.plan import asset_hashes
-from synthlong.dataset.prepared import PreparedCases, one_thread, plain_hash
+from synthlong.dataset.prepared import PreparedCases, plain_hash
 from synthlong.dataset.shards import IMAGES, VOLUMES, seeded
 from synthlong.errors import ConfigError, SynthlongError
 from synthlong.inpainting import Inpainter, heal
 from synthlong.lesions import LesionBank
-from synthlong.networks import check_device, default_precision
+from synthlong.networks import check_device, default_precision, one_thread
 from synthlong.pair import Painter, render
 from synthlong.recipe import draw_recipe, rng_of
 from synthlong.synthesis import SynthesisConfig
