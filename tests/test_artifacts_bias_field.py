@@ -1,4 +1,3 @@
-import json
 import math
 
 import numpy as np
@@ -7,15 +6,12 @@ import torch
 import torchio as tio
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transforms import check_replay, rand, with_threads
 
 from synthlong.artifacts import bias_field
 from synthlong.artifacts.bias_field import PolynomialBiasField, RandomPolynomialBiasField, polynomial_bias_field
 
 ORDERS = range(7)
-
-
-def rand(*shape, seed=0):
-    return torch.from_numpy(np.random.default_rng(seed).random(shape, np.float32))
 
 
 def drawn(order, seed=0, largest=0.5):
@@ -124,14 +120,8 @@ def test_layout_batch_and_input():
 
 
 def test_threads_do_not_matter():
-    x, threads = rand(110, 101, 103), torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            results.append(polynomial_bias_field(x, coefficients=drawn(3)))
-    finally:
-        torch.set_num_threads(threads)
+    x = rand(110, 101, 103)
+    results = with_threads(1, 2, compute=lambda: polynomial_bias_field(x, coefficients=drawn(3)))
     assert torch.equal(*results)
 
 
@@ -197,17 +187,4 @@ def test_the_largest_range_gives_valid_coefficients(order):
 
 
 def test_replay_from_json():
-    subject = tio.Subject(
-        flair=tio.ScalarImage(tensor=rand(2, 12, 13, 14)),
-        t1=tio.ScalarImage(tensor=rand(1, 12, 13, 14, seed=1)),
-        lesions=tio.LabelMap(tensor=(rand(1, 12, 13, 14) > 0.5).to(torch.uint8)),
-    )
-    torch.manual_seed(0)
-    changed = RandomPolynomialBiasField()(subject)
-    [(name, arguments)] = json.loads(json.dumps(changed.applied_transforms))
-    assert name == "PolynomialBiasField"
-    again = PolynomialBiasField(**arguments)(subject)
-    for image in ("flair", "t1", "lesions"):
-        assert torch.equal(again[image].data, changed[image].data)
-    assert torch.equal(changed.lesions.data, subject.lesions.data)
-    assert not torch.equal(changed.flair.data, subject.flair.data)
+    check_replay(RandomPolynomialBiasField(), "PolynomialBiasField")

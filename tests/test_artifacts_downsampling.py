@@ -1,5 +1,3 @@
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -8,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.interpolate import make_interp_spline
 from scipy.ndimage import map_coordinates, spline_filter1d
+from transforms import check_replay, rand, with_threads
 
 from synthlong.artifacts import downsampling
 from synthlong.artifacts.downsampling import (
@@ -15,10 +14,6 @@ from synthlong.artifacts.downsampling import (
     RandomAnisotropicDownsampling,
     anisotropic_downsampling,
 )
-
-
-def rand(*shape, seed=0):
-    return torch.from_numpy(np.random.default_rng(seed).random(shape, np.float32))
 
 
 def grid(n, factor):
@@ -167,14 +162,8 @@ def test_an_overflow_stays_in_its_line():
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_threads_do_not_matter(axis):
-    x, threads = rand(110, 101, 103), torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            results.append(anisotropic_downsampling(x, factor=1.8, axis=axis))
-    finally:
-        torch.set_num_threads(threads)
+    x = rand(110, 101, 103)
+    results = with_threads(1, 2, compute=lambda: anisotropic_downsampling(x, factor=1.8, axis=axis))
     assert torch.equal(*results)
 
 
@@ -229,17 +218,4 @@ def test_draws():
 
 
 def test_replay_from_json():
-    subject = tio.Subject(
-        flair=tio.ScalarImage(tensor=rand(2, 12, 13, 14)),
-        t1=tio.ScalarImage(tensor=rand(1, 12, 13, 14, seed=1)),
-        lesions=tio.LabelMap(tensor=(rand(1, 12, 13, 14) > 0.5).to(torch.uint8)),
-    )
-    torch.manual_seed(0)
-    changed = RandomAnisotropicDownsampling()(subject)
-    [(name, arguments)] = json.loads(json.dumps(changed.applied_transforms))
-    assert name == "AnisotropicDownsampling"
-    again = AnisotropicDownsampling(**arguments)(subject)
-    for image in ("flair", "t1", "lesions"):
-        assert torch.equal(again[image].data, changed[image].data)
-    assert torch.equal(changed.lesions.data, subject.lesions.data)
-    assert not torch.equal(changed.flair.data, subject.flair.data)
+    check_replay(RandomAnisotropicDownsampling(), "AnisotropicDownsampling")

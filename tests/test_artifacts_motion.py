@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
+from transforms import one_thread  # noqa: F401 - for every test here
 
 from synthlong.artifacts import motion
 from synthlong.artifacts.base import softened
@@ -59,15 +60,6 @@ def best_shift(a, b):
         low, mid, high = (float(correlation[tuple((peak + s * step) % correlation.shape)]) for s in (-1, 0, 1))
         shift.append((peak[axis] + n // 2) % n - n // 2 + (low - high) / (2 * (low - 2 * mid + high)))
     return np.array(shift)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small Fourier transforms in many threads wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -1,22 +1,17 @@
-import json
 from itertools import combinations
 
 import numpy as np
 import pytest
 import torch
-import torchio as tio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from transforms import check_replay, rand, with_threads
 
 from synthlong.artifacts import noise
 from synthlong.artifacts.noise import GaussianNoise, RandomGaussianNoise, gaussian_noise
 
 SEEDS = (0, 1, 2, 3, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 3 * 2**32, 2**53 - 1, 2**62, 2**63 - 1, 2**63)
-
-
-def rand(*shape, seed=0):
-    return torch.from_numpy(np.random.default_rng(seed).random(shape, np.float32))
 
 
 def alone(*shape, seed=0):
@@ -193,14 +188,8 @@ def test_layout_and_input():
 
 
 def test_threads_do_not_matter():
-    x, threads = rand(110, 101, 103), torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            results.append(gaussian_noise(x, std=0.1, seed=1))
-    finally:
-        torch.set_num_threads(threads)
+    x = rand(110, 101, 103)
+    results = with_threads(1, 2, compute=lambda: gaussian_noise(x, std=0.1, seed=1))
     assert torch.equal(*results)
 
 
@@ -246,17 +235,5 @@ def test_draws():
 
 
 def test_replay_from_json():
-    subject = tio.Subject(
-        flair=tio.ScalarImage(tensor=rand(2, 12, 13, 14)),
-        t1=tio.ScalarImage(tensor=rand(2, 12, 13, 14)),
-        lesions=tio.LabelMap(tensor=(rand(1, 12, 13, 14) > 0.5).to(torch.uint8)),
-    )
-    torch.manual_seed(0)
-    changed = RandomGaussianNoise()(subject)
-    [(name, arguments)] = json.loads(json.dumps(changed.applied_transforms))
-    assert name == "GaussianNoise"
-    again = GaussianNoise(**arguments)(subject)
-    for image in ("flair", "t1", "lesions"):
-        assert torch.equal(again[image].data, changed[image].data)
-    assert torch.equal(changed.lesions.data, subject.lesions.data)
+    changed = check_replay(RandomGaussianNoise(), "GaussianNoise", t1=rand(2, 12, 13, 14))
     assert not torch.equal(changed.flair.data, changed.t1.data)

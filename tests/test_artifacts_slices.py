@@ -1,5 +1,3 @@
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -8,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
+from transforms import check_replay, rand, with_threads
 
 from synthlong.artifacts.base import softened
 from synthlong.artifacts.slices import (
@@ -17,10 +16,6 @@ from synthlong.artifacts.slices import (
     _by_torch,
     slice_thickness,
 )
-
-
-def rand(*shape, seed=0):
-    return torch.from_numpy(np.random.default_rng(seed).random(shape, np.float32))
 
 
 def worst(a, b):
@@ -129,14 +124,8 @@ def test_layout_batch_and_input(axis, size):
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("size", [2, 3, 4, 9])
 def test_threads_do_not_matter(axis, size):
-    x, threads = rand(111, 101, 103), torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(slice_thickness(x, size=size, axis=axis))
-    finally:
-        torch.set_num_threads(threads)
+    x = rand(111, 101, 103)
+    results = with_threads(1, 2, 3, compute=lambda: slice_thickness(x, size=size, axis=axis))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 
@@ -213,18 +202,4 @@ def test_axial_is_found_from_the_affine(axis):
 
 
 def test_replay_from_json():
-    affine = np.diag([1.0, 2.0, 1.0, 1.0])[[2, 0, 1, 3]]
-    subject = tio.Subject(
-        flair=tio.ScalarImage(tensor=rand(2, 12, 13, 14), affine=affine),
-        t1=tio.ScalarImage(tensor=rand(1, 12, 13, 14, seed=1), affine=affine),
-        lesions=tio.LabelMap(tensor=(rand(1, 12, 13, 14) > 0.5).to(torch.uint8), affine=affine),
-    )
-    torch.manual_seed(0)
-    changed = RandomSliceThickness()(subject)
-    [(name, arguments)] = json.loads(json.dumps(changed.applied_transforms))
-    assert name == "SliceThickness"
-    again = SliceThickness(**arguments)(subject)
-    for image in ("flair", "t1", "lesions"):
-        assert torch.equal(again[image].data, changed[image].data)
-    assert torch.equal(changed.lesions.data, subject.lesions.data)
-    assert not torch.equal(changed.flair.data, subject.flair.data)
+    check_replay(RandomSliceThickness(), "SliceThickness", affine=np.diag([1.0, 2.0, 1.0, 1.0])[[2, 0, 1, 3]])

@@ -7,6 +7,7 @@ import torchio as tio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchio.transforms.augmentation.intensity.random_spike import Spike
+from transforms import one_thread  # noqa: F401 - for every test here
 
 from synthlong.artifacts import spike
 from synthlong.artifacts.base import softened
@@ -14,15 +15,6 @@ from synthlong.artifacts.spike import KSpaceSpike, RandomKSpaceSpike, kspace_spi
 
 ONE = [[0.3, 0.4, 0.61]]
 THREE = [[0.3, 0.4, 0.61], [0.52, 0.5, 0.7], [0.3, 0.4, 0.61]]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small Fourier transforms in many threads wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def difference(y, expected):

@@ -1,5 +1,3 @@
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -7,14 +5,11 @@ import torchio as tio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
+from transforms import check_replay, rand, with_threads
 
 from synthlong.artifacts import blur
 from synthlong.artifacts.blur import gaussian_blur
 from synthlong.artifacts.unsharp import RandomUnsharpMask, UnsharpMask, unsharp_mask
-
-
-def rand(*shape, seed=0):
-    return torch.from_numpy(np.random.default_rng(seed).random(shape, np.float32))
 
 
 def reference(x, std, amount):
@@ -109,14 +104,8 @@ def test_layout_batch_and_input():
 
 
 def test_threads_do_not_matter():
-    x, threads = rand(110, 101, 103), torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            results.append(unsharp_mask(x, std=1.3))
-    finally:
-        torch.set_num_threads(threads)
+    x = rand(110, 101, 103)
+    results = with_threads(1, 2, compute=lambda: unsharp_mask(x, std=1.3))
     assert torch.equal(*results)
 
 
@@ -182,18 +171,4 @@ def test_mm_follow_the_voxel_size():
 
 @pytest.mark.parametrize("transform", [RandomUnsharpMask(amount=(0.5, 2)), RandomUnsharpMask(std_mm=(1, 3))])
 def test_replay_from_json(transform):
-    affine = np.diag([1.0, 2.0, 1.0, 1.0])
-    subject = tio.Subject(
-        flair=tio.ScalarImage(tensor=rand(2, 12, 13, 14), affine=affine),
-        t1=tio.ScalarImage(tensor=rand(1, 12, 13, 14, seed=1), affine=affine),
-        lesions=tio.LabelMap(tensor=(rand(1, 12, 13, 14) > 0.5).to(torch.uint8), affine=affine),
-    )
-    torch.manual_seed(0)
-    changed = transform(subject)
-    [(name, arguments)] = json.loads(json.dumps(changed.applied_transforms))
-    assert name == "UnsharpMask"
-    again = UnsharpMask(**arguments)(subject)
-    for image in ("flair", "t1", "lesions"):
-        assert torch.equal(again[image].data, changed[image].data)
-    assert torch.equal(changed.lesions.data, subject.lesions.data)
-    assert not torch.equal(changed.flair.data, subject.flair.data)
+    check_replay(transform, "UnsharpMask", affine=np.diag([1.0, 2.0, 1.0, 1.0]))
