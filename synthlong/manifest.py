@@ -54,9 +54,17 @@ class CaseFiles:
         )
 
     def hashes(self) -> dict[str, str]:
-        """Return the SHA-256 of each file, by role, as `Case.sources` has them."""
+        """Return the SHA-256 of each file, by role, as `Case.sources` has them.
+
+        Raises:
+            InputError: One cannot be read.
+        """
         paths = {role: getattr(self, role) for role in ("flair", "mask", *_OPTIONAL)}
-        return {r: hashlib.sha256(p.read_bytes()).hexdigest() for r, p in paths.items() if p is not None}
+        try:
+            return {r: hashlib.sha256(p.read_bytes()).hexdigest() for r, p in paths.items() if p is not None}
+        except OSError as error:
+            problem = f"cannot be read ({error.strerror})"
+            raise InputError(error.filename or self.flair, problem, "check the path and the permissions") from error
 
     @property
     def patient(self) -> str:

@@ -96,12 +96,6 @@ def prepare_case(task: Preparation) -> Preparation:
     }
     try:
         sources = task.files.hashes()
-    except OSError as error:
-        count()
-        problem = f"cannot be read ({error.strerror})"
-        failure = InputError(error.filename or task.files.flair, problem, "check the path and the permissions")
-        return replace(task, failure=str(failure))
-    try:
         if stored_stamp(task.folder) == {**stamp, "sources": sources}:
             return replace(task, sources=sources)
         with warnings.catch_warnings(record=True) as caught:

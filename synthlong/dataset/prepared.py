@@ -122,11 +122,7 @@ def _id(one: CaseFiles | Case) -> str:
 def _sources(one: CaseFiles | Case) -> dict[str, str]:
     """Return the SHA-256 of all that a case is made of: of its files, or of its arrays if it has been read."""
     if isinstance(one, CaseFiles):
-        try:
-            return one.hashes()
-        except OSError as error:
-            problem = f"cannot be read ({error.strerror})"
-            raise InputError(error.filename or one.flair, problem, "check the path and the permissions") from error
+        return one.hashes()
     arrays = {name: getattr(one, name) for name in _ARRAYS}
     sums = {
         name: hashlib.sha256(f"{a.dtype.str}{a.shape}".encode() + np.ascontiguousarray(a).tobytes()).hexdigest()
