@@ -27,6 +27,7 @@ def generate(
     from dataclasses import replace
 
     from synthlong.dataset.run import generate as run
+    from synthlong.dataset.writer import shard_name
     from synthlong.synthesis import SynthesisConfig
 
     from .progress import progress_bar
@@ -52,7 +53,7 @@ def generate(
     for subject, problem in outcome.failures.items():
         typer.echo(f"left out: {subject}: {problem}", err=True)
     for number, problem in outcome.lost.items():
-        typer.echo(f"{out.name}/shards/{number:05d}.h5: {problem}; run the same command again", err=True)
+        typer.echo(f"{out.name}/{shard_name(number)}: {problem}; run the same command again", err=True)
     if outcome.lost:
         typer.echo(f"{out.name}: not finished, {len(outcome.lost)} of {outcome.shards} shards are missing")
         raise typer.Exit(1)

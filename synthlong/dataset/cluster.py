@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from synthlong.dataset import pool
-from synthlong.dataset.plan import PROBE
+from synthlong.dataset.plan import PROBE, environment
 from synthlong.dataset.pool import Pool, call
 from synthlong.errors import ConfigError, OutputError
 
@@ -198,7 +198,6 @@ def _check(demand: _Demand) -> None:
     import distributed
 
     from synthlong.dataset import run
-    from synthlong.dataset.plan import environment
 
     global _demand
     if demand == _demand:

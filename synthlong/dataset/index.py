@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synthlong.dataset.reader import SCHEMA, VOLUMES, check_schema
-from synthlong.dataset.writer import canonical_json, publish, shard_path
+from synthlong.dataset.writer import canonical_json, publish, shard_name, shard_path
 from synthlong.errors import InputError, ShardCorruptError
 
-__all__ = ["SHARD", "Index", "found_files", "planned_shards", "read_sidecar", "write_index"]
+__all__ = ["SHARD", "Index", "found_files", "planned_shards", "read_sidecar", "recorded_samples", "write_index"]
 
 SHARD = np.dtype([("number", "<i4"), ("n", "<i4"), ("first", "<i8"), ("bytes", "<i8"), ("sha256", "V32")])
 _OWN_SHA256 = re.compile(rb'\{"n":\d+,"run_id":"[^"\\]*","schema":"[^"\\]*",("sha256":"([0-9a-f]{64})",)')
@@ -94,7 +94,7 @@ class Index:
         for row, number in zip(shards, finished, strict=True):
             path = shard_path(out, number).with_suffix(".json")
             sidecar = read_sidecar(path)
-            recorded = [(sample["index"], sample["subject"]) for sample in sidecar["samples"]]
+            recorded = recorded_samples(sidecar)
             if number >= shards_in_all or recorded != shard_samples(plan, number):
                 raise InputError(path, "is not of this run", "move it away")
             names = [name for _, name in recorded]
@@ -123,7 +123,7 @@ def write_index(out: str | Path, run_id: str, sidecars: Sequence[dict[str, Any]]
     place = {name: k for k, name in enumerate(sorted({sample["subject"] for sample in samples}))}
     shards = [
         {
-            "file": f"shards/{number:05d}.h5",
+            "file": shard_name(number),
             "bytes": sidecar["bytes"],
             "sha256": sidecar["sha256"],
             "n": sidecar["n"],
@@ -167,6 +167,11 @@ def read_sidecar(path: Path) -> dict[str, Any]:
     if not whole:
         raise InputError(path, "is not the record of a shard", f"copy it again, or delete it and {_RESUME}")
     return sidecar
+
+
+def recorded_samples(sidecar: dict[str, Any]) -> list[tuple[int, str]]:
+    """Return index and patient of each sample that a sidecar records, as `plan.shard_samples` plans them."""
+    return [(sample["index"], sample["subject"]) for sample in sidecar["samples"]]
 
 
 def planned_shards(plan: dict[str, Any]) -> list[range]:

@@ -24,7 +24,7 @@ import numpy as np
 
 from synthlong.case import Case
 from synthlong.dataset.cases import Preparation, case_folder, check_assets, kept_synthesis, prepare_cases
-from synthlong.dataset.index import Index, found_files, planned_shards, read_sidecar
+from synthlong.dataset.index import Index, found_files, planned_shards, read_sidecar, recorded_samples
 from synthlong.dataset.lock import writer_lock
 from synthlong.dataset.plan import (
     adopt_plan,
@@ -289,7 +289,7 @@ def _done(out: Path, plan: dict[str, Any], number: int) -> dict[str, Any] | None
     path = shard_path(out, number)
     try:
         sidecar = read_sidecar(path.with_suffix(".json"))
-        if [(s["index"], s["subject"]) for s in sidecar["samples"]] != shard_samples(plan, number):
+        if recorded_samples(sidecar) != shard_samples(plan, number):
             return None
         with closing(ShardReader(path, sha256=bytes.fromhex(sidecar["sha256"]), sums=False)) as shard:
             return sidecar if shard.run_id() == plan["run_id"] else None

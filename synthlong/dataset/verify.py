@@ -19,9 +19,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from synthlong.dataset.index import Index, found_files, planned_shards, read_sidecar, write_index
+from synthlong.dataset.index import Index, found_files, planned_shards, read_sidecar, recorded_samples, write_index
 from synthlong.dataset.plan import is_leftover, read_plan, shard_samples
 from synthlong.dataset.reader import ShardReader
+from synthlong.dataset.writer import shard_name
 from synthlong.errors import InputError
 
 __all__ = ["Problem", "Report", "rebuild_index", "verify"]
@@ -151,7 +152,7 @@ def rebuild_index(out: str | Path, *, progress: Progress | None = None) -> Repor
 def _look(run: _Run, problems: list[Problem], *, quick: bool, progress: Progress | None, started: float) -> Report:
     """Check every shard, whatever is found."""
     planned = range(len(run.indices))
-    strange = sorted(run.found.keys() - {_file(k) for k in planned} - {_record(k) for k in planned})
+    strange = sorted(run.found.keys() - {shard_name(k) for k in planned} - {_record(k) for k in planned})
     leftovers = [name for name in strange if is_leftover(name.rpartition("/")[2])]
     foreign = [name for name in strange if name.endswith((".h5", ".json"))]
     problems += [Problem(name, "is not of this run", "move it away") for name in foreign]
@@ -163,7 +164,8 @@ def _look(run: _Run, problems: list[Problem], *, quick: bool, progress: Progress
         for done, (number, wrong) in enumerate(zip(numbers, results, strict=True), 1):
             problems += wrong
             if not wrong:
-                shards, samples, size = shards + 1, samples + len(run.indices[number]), size + run.found[_file(number)]
+                shards, samples = shards + 1, samples + len(run.indices[number])
+                size += run.found[shard_name(number)]
             if progress:
                 progress("shards", done, len(numbers))
     return Report(shards, samples, size, problems, leftovers, time.monotonic() - started)
@@ -171,7 +173,7 @@ def _look(run: _Run, problems: list[Problem], *, quick: bool, progress: Progress
 
 def _check(run: _Run, number: int, *, quick: bool) -> list[Problem]:
     """Return what is wrong with a shard and its sidecar."""
-    file, record = _file(number), _record(number)
+    file, record = shard_name(number), _record(number)
     problems = [Problem(name, "is missing", _COPY) for name in (file, record) if name not in run.found]
     expected = _indexed(run.index, number) if run.index is not None else None
     sidecar = None
@@ -202,7 +204,7 @@ def _check(run: _Run, number: int, *, quick: bool) -> list[Problem]:
 
 def _is_planned(run: _Run, number: int, sidecar: dict[str, Any]) -> bool:
     """Return whether a sidecar records the samples that the run is to have there."""
-    recorded = [(s["index"], s["subject"]) for s in sidecar["samples"]]
+    recorded = recorded_samples(sidecar)
     if run.plan is None:
         return [index for index, _ in recorded] == list(run.indices[number])
     return recorded == shard_samples(run.plan, number)
@@ -211,9 +213,9 @@ def _is_planned(run: _Run, number: int, sidecar: dict[str, Any]) -> bool:
 def _check_inside(run: _Run, number: int, shard: ShardReader, sidecar: dict[str, Any] | None) -> list[Problem]:
     """Return what is wrong within a shard whose SHA-256 is right."""
     if shard.n != len(run.indices[number]):
-        return [Problem(_file(number), f"has {shard.n} samples, not {len(run.indices[number])}", _COPY)]
+        return [Problem(shard_name(number), f"has {shard.n} samples, not {len(run.indices[number])}", _COPY)]
     if (run_id := shard.run_id()) != run.run_id:
-        return [Problem(_file(number), f"is of run {run_id}, not {run.run_id}", _COPY)]
+        return [Problem(shard_name(number), f"is of run {run_id}, not {run.run_id}", _COPY)]
     problems = []
     for position, record in enumerate(sidecar["samples"] if sidecar else ()):
         digest = hashlib.sha256()
@@ -257,12 +259,8 @@ def _listed(out: Path) -> dict[str, int]:
     return {f"shards/{name}": size for name, size in found_files(out, "").items()}
 
 
-def _file(number: int) -> str:
-    return f"shards/{number:05d}.h5"
-
-
 def _record(number: int) -> str:
-    return f"shards/{number:05d}.json"
+    return shard_name(number).removesuffix(".h5") + ".json"
 
 
 @contextmanager

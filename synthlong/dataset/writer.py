@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from synthlong.dataset.reader import IMAGES, MASKS, SCHEMA, VOLUMES
 from synthlong.errors import ConfigError, OutputError, SynthlongError
 
-__all__ = ["Sample", "canonical_json", "encode_shard", "publish", "shard_path", "write_shard"]
+__all__ = ["Sample", "canonical_json", "encode_shard", "publish", "shard_name", "shard_path", "write_shard"]
 
 _BLOSC_LZ4 = hdf5plugin.Blosc(cname="lz4", clevel=5, shuffle=hdf5plugin.Blosc.SHUFFLE)
 _FILTERS: dict[str, list[tuple[int, tuple[int, ...]]]] = {
@@ -195,7 +195,12 @@ def write_shard(
 
 def shard_path(out: Path, number: int) -> Path:
     """Return where shard `number` of the run in `out` lies."""
-    return out / "shards" / f"{number:05d}.h5"
+    return out / shard_name(number)
+
+
+def shard_name(number: int) -> str:
+    """Return the file of shard `number`, seen from its run's folder."""
+    return f"shards/{number:05d}.h5"
 
 
 def _stored(sample: Sample, side: int, index: int) -> dict[str, NDArray[Any]]:
