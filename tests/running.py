@@ -5,12 +5,31 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import contextmanager, suppress
+
+from synthlong.dataset.run import generate
+from synthlong.errors import InputWarning
 
 
 def bytes_of(out):
     """Every file of a folder, by its relative path."""
     return {p.relative_to(out).as_posix(): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
+
+
+def put(out, files):
+    """Write files by their relative path, as `bytes_of` returns them."""
+    for name, data in files.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(data)
+
+
+def made(manifest, name, **options):
+    """The files of a run left alone; it lies beside the manifest, as do those of the tests, so `source` is the same."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InputWarning)
+        generate(manifest, manifest.parent / name, **options)
+    return bytes_of(manifest.parent / name)
 
 
 @contextmanager

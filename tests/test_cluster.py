@@ -8,14 +8,14 @@ import sys
 import warnings
 
 import pytest
-from running import bytes_of, started, wait_for
+from running import bytes_of, made, started, wait_for
 
 from synthlong import SynthesisConfig
 from synthlong.dataset import cluster as module
 from synthlong.dataset.cluster import DaskPool
 from synthlong.dataset.plan import environment
 from synthlong.dataset.run import generate
-from synthlong.errors import ConfigError, InputWarning, OutputError
+from synthlong.errors import ConfigError, OutputError
 
 distributed = pytest.importorskip("distributed")
 
@@ -40,11 +40,7 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def whole(manifest):
-    out = manifest.parent / "local"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", InputWarning)
-        generate(manifest, out, workers=1, **OPTIONS)
-    return bytes_of(out)
+    return made(manifest, "local", workers=1, **OPTIONS)
 
 
 @pytest.fixture

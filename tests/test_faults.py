@@ -8,16 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 
 import pytest
-from running import bytes_of, group_is_gone, kill_group, started, wait_for, workers_of
+from running import bytes_of, group_is_gone, kill_group, made, put, started, wait_for, workers_of
 
 from synthlong import SynthesisConfig
 from synthlong.dataset import plan, run
 from synthlong.dataset.lock import writer_lock
 from synthlong.dataset.run import generate
-from synthlong.errors import ConfigError, InputWarning, OutputError
+from synthlong.errors import ConfigError, OutputError
 
 CONFIG = SynthesisConfig(box=32, new_mean=4.0)
 OPTIONS = {"pairs": 24, "seed": 5, "shard_size": 2, "config": CONFIG, "workers": 1}
@@ -28,12 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::synthlong.errors.InputWarning")
 
 @pytest.fixture(scope="module")
 def whole(manifest):
-    """The run left alone: its folder lies beside the manifest, as do those of the tests, so `source` is the same."""
-    out = manifest.parent / "whole"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", InputWarning)
-        generate(manifest, out, **OPTIONS)
-    return bytes_of(out)
+    return made(manifest, "whole", **OPTIONS)
 
 
 @pytest.fixture
@@ -226,9 +220,7 @@ def test_lock_ends_with_the_run(manifest, whole, out):
     ],
 )
 def test_resume_on_another_machine_or_version_is_refused(manifest, whole, out, monkeypatch, change, named):
-    for name, data in whole.items():
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        (out / name).write_bytes(data)
+    put(out, whole)
     here = plan.environment("cpu")
     monkeypatch.setattr(plan, "environment", lambda _: here | change)
     with pytest.raises(ConfigError, match=named):
@@ -238,9 +230,7 @@ def test_resume_on_another_machine_or_version_is_refused(manifest, whole, out, m
 
 def test_complete_run_mends_itself(manifest, whole, out):
     """A shard lost after completion, or an index damaged: the same command makes what is missing, and only that."""
-    for name, data in whole.items():
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        (out / name).write_bytes(data)
+    put(out, whole)
     (out / "shards" / "00004.h5").unlink()
     (out / "index.json").write_bytes(whole["index.json"][:-40])
     assert generate(manifest, out, **OPTIONS).made == 2
@@ -269,20 +259,10 @@ def test_nothing_tells_of_user_host_or_home(whole, manifest):
 # What is not of this run
 
 
-def put(out, files):
-    for name, data in files.items():
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        (out / name).write_bytes(data)
-
-
 @pytest.fixture(scope="module")
 def other(manifest):
     """A run of the same shape with another seed."""
-    out = manifest.parent / "other"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", InputWarning)
-        generate(manifest, out, **(OPTIONS | {"seed": 6, "pairs": 4}))
-    return bytes_of(out)
+    return made(manifest, "other", **(OPTIONS | {"seed": 6, "pairs": 4}))
 
 
 def foreign_shard(whole, other):

@@ -5,7 +5,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from conftest import CROP
-from running import bytes_of
+from running import bytes_of, put
 
 from synthlong import Recipe, ShardDataset
 from synthlong.dataset.export import export_pairs
@@ -85,10 +85,7 @@ def test_another_run_in_the_folder_is_refused(run, manifest, change, named):
 
 def test_changed_input_is_refused(run, manifest, tmp_path):
     copy = tmp_path / "pairs"
-    copy.mkdir()
-    for name, data in bytes_of(run).items():
-        (copy / name).parent.mkdir(exist_ok=True)
-        (copy / name).write_bytes(data)
+    put(copy, bytes_of(run))
     for file in manifest.parent.glob("cs*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "cases.csv").write_bytes(manifest.read_bytes())

@@ -6,19 +6,17 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from contextlib import suppress
 
 import pytest
-from running import bytes_of, kill_group, started
+from running import bytes_of, kill_group, made, started
 from test_faults import OPTIONS, arguments
 from test_reader import flips
 from test_shards import flip_bit
 
 from synthlong import ShardDataset
-from synthlong.dataset.run import generate
 from synthlong.dataset.verify import verify
-from synthlong.errors import InputWarning, ShardCorruptError
+from synthlong.errors import ShardCorruptError
 
 PUBLISH = """
 import sys
@@ -61,10 +59,7 @@ def test_two_hundred_kills_while_publishing(tmp_path):
 
 def test_forty_kills_of_whole_runs(manifest):
     """Killed and resumed until it is complete, again and again; the bytes are those of a run left alone."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", InputWarning)
-        generate(manifest, manifest.parent / "alone", **OPTIONS)
-    expected, draw = bytes_of(manifest.parent / "alone"), random.Random(2)
+    expected, draw = made(manifest, "alone", **OPTIONS), random.Random(2)
     kills = runs = 0
     while kills < 40:
         out = manifest.parent / f"run-{runs}"
@@ -89,9 +84,7 @@ def test_forty_kills_of_whole_runs(manifest):
 def test_five_hundred_flipped_bits_of_a_real_run(manifest):
     """Half of them in a shard's first 6 KB; each is found by `verify`, and no read returns other numbers."""
     out = manifest.parent / "flipped"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", InputWarning)
-        generate(manifest, out, **OPTIONS)
+    made(manifest, "flipped", **OPTIONS)
     found = refused = 0
     for number in range(12):
         shard = out / "shards" / f"{number:05d}.h5"
