@@ -23,6 +23,7 @@ import os
 import re
 import struct
 import threading
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -34,10 +35,12 @@ import crc32c
 import h5py
 import hdf5plugin
 import numpy as np
-from numcodecs import blosc
 from numpy.typing import NDArray
 
 from synthlong.errors import InputError, ShardCorruptError
+
+with warnings.catch_warnings(record=True):  # it says on import that it prefers another crc32c than ours
+    from numcodecs import blosc
 
 __all__ = ["IMAGES", "MASKS", "SCHEMA", "VOLUMES", "Layout", "ShardReader", "check_schema"]
 
