@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from . import atlas, augment, check, demo, export, fit, generate, replay, report, verify
+from . import atlas, augment, check, demo, export, fit, generate, prepare, replay, report, verify
 
 __all__ = ["app", "main"]
 
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("check")(check.check)
+app.command("prepare")(prepare.prepare)
 app.command("generate")(generate.generate)
 app.command("verify")(verify.verify)
 app.command("report")(report.report)
@@ -84,7 +85,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _way_on(arguments: list[str]) -> str:
-    return f"; go on with: {shlex.join(['synthlong', *arguments])}" if arguments[:1] in (["generate"], ["fit"]) else ""
+    return (
+        f"; go on with: {shlex.join(['synthlong', *arguments])}"
+        if arguments[:1] in (["generate"], ["fit"], ["prepare"])
+        else ""
+    )
 
 
 def _explain(error: Exception) -> int:

@@ -21,9 +21,19 @@ from scipy import ndimage
 from synthlong.errors import InputError, InputWarning, short
 from synthlong.hole import FLUID
 from synthlong.nifti import Volume, read_nifti
+from synthlong.resampling import Native, resample
 from synthlong.tissue import CSF, classify_tissue, fitted_tissue_maps, is_whole
 
-__all__ = ["Case", "mode_of", "patient_of", "read_case"]
+__all__ = [
+    "Case",
+    "check_binary",
+    "check_mask",
+    "clip_to_brain",
+    "mode_of",
+    "patient_of",
+    "read_beside",
+    "read_case",
+]
 
 _SMALLEST_SIDE_MM = 16
 _LARGEST_SIDE_MM = 512
@@ -43,6 +53,8 @@ class Case:
         tissue: uint8, 0 background, 1 CSF, 2 gray matter, 3 white matter.
         affine: `(4, 4)`, voxel to MNI millimetres.
         healthy: float32, `flair` without its lesions, or None before inpainting.
+        healthy_file: Where `healthy` may lie; see `inpainting.heal`.
+        native: Grid of the scan before `synthlong prepare`, and the way there; None if it was not prepared.
         scan_mean: Mean of the scan over its whole grid, in its own units.
         scan_sd: Standard deviation of the scan over its whole grid, in its own units.
         sources: SHA-256 of each file that was read, by role.
@@ -56,6 +68,8 @@ class Case:
     tissue: NDArray[np.uint8]
     affine: NDArray[np.float64]
     healthy: NDArray[np.float32] | None = None
+    healthy_file: Path | None = None
+    native: Native | None = None
     scan_mean: float = 0.0
     scan_sd: float = 1.0
     sources: dict[str, str] = field(default_factory=dict)
@@ -100,11 +114,11 @@ def read_case(
     """
     flair, mask = Path(flair), Path(mask)
     image = read_nifti(flair, prefer=prefer)
-    lesion = _read_beside(mask, image, prefer=prefer)
-    _check_mask(lesion, image)
+    lesion = read_beside(mask, image, prefer=prefer)
+    check_mask(lesion, image)
     others = {"t1": t1, "brain": brain, "tissue": tissue}
     extra = {
-        role: _read_beside(Path(path), image, prefer=prefer, allow_empty=False)
+        role: read_beside(Path(path), image, prefer=prefer, allow_empty=False)
         for role, path in others.items()
         if path is not None
     }
@@ -112,7 +126,7 @@ def read_case(
     raw = image.data
     brain_mask = extra["brain"].data != 0 if "brain" in extra else raw != 0
     if "brain" in extra:
-        _check_binary(extra["brain"])
+        check_binary(extra["brain"])
         if np.array_equal(brain_mask, lesion.data != 0):
             raise InputError(mask, "the lesion mask is the brain mask", _WRONG_MASK)
     labels = None
@@ -121,7 +135,7 @@ def read_case(
             way = "use 0 background, 1 CSF, 2 GM, 3 WM"
             raise InputError(extra["tissue"].path, "tissue labels other than 0-3", way)
         labels = grid.resample_labels(extra["tissue"].data)
-    inside = _clip_to_brain(lesion, brain_mask)
+    inside = clip_to_brain(lesion, brain_mask)
     scan_mean, scan_sd = float(raw.mean(dtype=np.float64)), float(raw.std(dtype=np.float64))
     values = grid.resample(_without_negatives(raw, brain_mask, flair))
     brain_mask, inside = grid.resample_mask(brain_mask), grid.resample_mask(inside)
@@ -205,14 +219,7 @@ class _Grid:
 
     def _interpolate(self, data: NDArray, order: int, *, nudge: float = 0.0) -> NDArray[np.float32]:
         step = np.linalg.inv(self.reoriented) @ self.affine
-        data = data.astype(np.float32)
-        fine = np.maximum(1 / np.linalg.norm(self.reoriented[:3, :3], axis=0), 1)
-        if order and fine.max() > 1.01:  # finer than 1 mm: average before taking every n-th sample
-            data = ndimage.gaussian_filter(data, np.sqrt(fine**2 - 1) / 2.355, mode="nearest")
-        data = np.pad(data, 1, mode="edge")  # the outer half of border voxels is theirs, not background
-        return ndimage.affine_transform(
-            data, step[:3, :3], step[:3, 3] + 1 + nudge, self.shape, np.float32, order=order, mode="constant"
-        )
+        return resample(data, step, self.shape, order=order, nudge=nudge)
 
     def resample(self, data: NDArray) -> NDArray[np.float32]:
         data = self._turn(data)
@@ -234,7 +241,7 @@ class _Grid:
         return (data if self.keeps else self._interpolate(data, 0)).astype(np.uint8)
 
 
-def _read_beside(path: Path, image: Volume, *, prefer: str | None, allow_empty: bool = True) -> Volume:
+def read_beside(path: Path, image: Volume, *, prefer: str | None = None, allow_empty: bool = True) -> Volume:
     """Read a volume that must lie on the FLAIR's grid."""
     volume = read_nifti(path, prefer=prefer, allow_empty=allow_empty)
     if volume.data.shape != image.data.shape:
@@ -249,24 +256,27 @@ def _read_beside(path: Path, image: Volume, *, prefer: str | None, allow_empty: 
     return volume
 
 
-def _check_binary(volume: Volume) -> None:
+def check_binary(volume: Volume) -> None:
+    """Raise an InputError unless a volume holds 0 and at most one other value, above it."""
     positive = volume.data[volume.data != 0]
     if positive.size and (positive.min() != positive.max() or positive.min() < 0):
         problem = f"not a binary mask (values from {positive.min():g} to {positive.max():g} beside 0)"
         raise InputError(volume.path, problem, "threshold it so that it holds 0 and one other value")
 
 
-def _check_mask(mask: Volume, image: Volume) -> None:
+def check_mask(mask: Volume, image: Volume) -> None:
+    """Raise an InputError unless a volume can be the lesion mask of a scan."""
     if mask.sha256 == image.sha256 or np.array_equal(mask.data, image.data):
         raise InputError(mask.path, "the mask is the FLAIR itself", _WRONG_MASK)
-    _check_binary(mask)
+    check_binary(mask)
     lesion, scan = mask.data != 0, image.data != 0
     if lesion.any() and lesion.sum() > 0.5 * scan.sum():
         problem = f"the mask covers {lesion.sum() / scan.sum():.0%} of the scan, like a brain mask"
         raise InputError(mask.path, problem, _WRONG_MASK)
 
 
-def _clip_to_brain(mask: Volume, brain: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def clip_to_brain(mask: Volume, brain: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return a mask's lesions within the brain, with a warning if some are not; a tenth outside is an InputError."""
     lesion = mask.data != 0
     outside = int((lesion & ~brain).sum())
     if outside > 0.1 * lesion.sum():

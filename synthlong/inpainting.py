@@ -17,6 +17,7 @@ from scipy import ndimage
 
 from synthlong.case import Case
 from synthlong.errors import InputError
+from synthlong.healthy import stored_healthy
 from synthlong.hole import FLUID, corrupt, first_guess, hole_in
 from synthlong.lesions import LesionBank
 from synthlong.networks import UNetConfig
@@ -67,8 +68,9 @@ class Inpainter(TrainedNetwork):
 
 
 def heal(case: Case, inpainter: Inpainter) -> Case:
-    """Return the case with its healthy volume: the scan without its lesions."""
-    return replace(case, healthy=inpainter.fill(case.flair, case.lesions))
+    """Return the case with its healthy volume, the scan without its lesions: the stored one where it is the same."""
+    stored = stored_healthy(case, inpainter)
+    return replace(case, healthy=inpainter.fill(case.flair, case.lesions) if stored is None else stored)
 
 
 def _windows(hole: NDArray[np.bool_]) -> list[tuple[slice, ...]]:

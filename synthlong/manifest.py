@@ -7,19 +7,20 @@ import hashlib
 import os
 import re
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from synthlong.case import Case, patient_of, read_case
 from synthlong.errors import InputError, InputWarning, short
+from synthlong.preparation.derivatives import read_native, read_record
 
-__all__ = ["CaseFiles", "find_cases", "read_cases"]
+__all__ = ["CaseFiles", "check_ids", "checked_id", "find_cases", "manifest_rows", "read_cases"]
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_COLUMNS = ("subject", "flair", "mask")
+_NEEDED = ("flair", "mask")
 _OPTIONAL = ("t1", "brain", "tissue")
-_KNOWN = {*_COLUMNS, *_OPTIONAL, "session", "new_lesions", "new_lesions_xfm"}
+_KNOWN = {"subject", *_NEEDED, *_OPTIONAL, "session", "new_lesions", "new_lesions_xfm"}
 _SPACE = "space-MNI152"
 _SUFFIXES = {
     "flair": "FLAIR",
@@ -27,6 +28,7 @@ _SUFFIXES = {
     "t1": "T1w",
     "brain": "desc-brain_mask",
     "tissue": "dseg",
+    "healthy": "desc-healthy_FLAIR",
 }
 
 
@@ -40,10 +42,11 @@ class CaseFiles:
     t1: Path | None = None
     brain: Path | None = None
     tissue: Path | None = None
+    healthy: Path | None = None
 
     def read(self, *, prefer: str | None = None) -> Case:
-        """Read the case; see `read_case`."""
-        return read_case(
+        """Read the case, with what `synthlong prepare` recorded of it; see `read_case`."""
+        case = read_case(
             self.flair,
             self.mask,
             subject=self.subject,
@@ -52,6 +55,7 @@ class CaseFiles:
             tissue=self.tissue,
             prefer=prefer,
         )
+        return replace(case, healthy_file=self.healthy, native=read_native(self.flair))
 
     def hashes(self) -> dict[str, str]:
         """Return the SHA-256 of each file, by role, as `Case.sources` has them.
@@ -59,7 +63,7 @@ class CaseFiles:
         Raises:
             InputError: One cannot be read.
         """
-        paths = {role: getattr(self, role) for role in ("flair", "mask", *_OPTIONAL)}
+        paths = {role: getattr(self, role) for role in (*_NEEDED, *_OPTIONAL)}
         try:
             return {r: hashlib.sha256(p.read_bytes()).hexdigest() for r, p in paths.items() if p is not None}
         except OSError as error:
@@ -94,12 +98,7 @@ def find_cases(source: str | Path) -> list[CaseFiles]:
             raise InputError(source, "the manifest lists no case", "add a row: subject,flair,mask")
     else:
         raise InputError(source, "no such file or folder", "pass a manifest (CSV) or a folder of cases")
-    seen: set[str] = set()
-    for files in found:
-        if files.subject.casefold() in seen:
-            problem = f"subject '{files.subject}' appears twice (upper and lower case count as the same)"
-            raise InputError(source, problem, "give each case its own id, or a session")
-        seen.add(files.subject.casefold())
+    check_ids(source, [files.subject for files in found])
     return sorted(found, key=lambda f: f.subject)
 
 
@@ -109,7 +108,17 @@ def read_cases(source: str | Path, *, prefer: str | None = None) -> Iterator[Cas
         yield files.read(prefer=prefer)
 
 
-def _checked_id(source: Path, text: str, *, prefix: str = "sub-", where: str = "") -> str:
+def check_ids(source: Path, ids: Iterable[str]) -> None:
+    """Raise an InputError if an id is there twice."""
+    seen: set[str] = set()
+    for one in ids:
+        if one.casefold() in seen:
+            problem = f"subject '{one}' appears twice (upper and lower case count as the same)"
+            raise InputError(source, problem, "give each case its own id, or a session")
+        seen.add(one.casefold())
+
+
+def checked_id(source: Path, text: str, *, prefix: str = "sub-", where: str = "") -> str:
     """Return a subject or session without its prefix, if it can safely be part of a file name."""
     name = text.strip()
     name = name[len(prefix) :] if name.casefold().startswith(prefix) else name
@@ -120,21 +129,35 @@ def _checked_id(source: Path, text: str, *, prefix: str = "sub-", where: str = "
     return name
 
 
-def _in_manifest(path: Path) -> Iterator[CaseFiles]:
+def manifest_rows(
+    path: Path, *, needed: tuple[str, ...], optional: tuple[str, ...]
+) -> Iterator[tuple[str, str, dict[str, Path]]]:
+    """Yield subject, session ("" if there is none) and files by column of each line of a manifest.
+
+    Args:
+        path: CSV file; paths in it are relative to it.
+        needed: Columns that each line must fill in, beside `subject`.
+        optional: Columns that it may.
+
+    Raises:
+        InputError: Not such a file; missing columns, unsafe ids, paths that do not exist.
+    """
+    columns = ("subject", *needed)
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
-            columns = [c.strip() for c in rows.fieldnames or []]
-            missing = [c for c in _COLUMNS if c not in columns]
+            found = [c.strip() for c in rows.fieldnames or []]
+            missing = [c for c in columns if c not in found]
             if missing:
                 problem = f"column{'s' * (len(missing) > 1)} missing: {', '.join(missing)}"
-                raise InputError(path, problem, "the first line must read subject,flair,mask[,t1,brain,tissue]")
-            if twice := {c for c in columns if c in _KNOWN and columns.count(c) > 1}:
+                way = f"the first line must read {','.join(columns)}[,{','.join(optional)}]"
+                raise InputError(path, problem, way)
+            if twice := {c for c in found if c in _KNOWN and found.count(c) > 1}:
                 raise InputError(path, f"columns named twice: {', '.join(sorted(twice))}", "keep one of each")
-            unknown = [c for c in columns if c and c not in _KNOWN]
+            unknown = [c for c in found if c and c not in _KNOWN]
             if unknown:
                 text = f"{short(path)}: columns not used: {', '.join(ascii(c)[1:-1] for c in unknown)}"
-                warnings.warn(text, InputWarning, stacklevel=4)
+                warnings.warn(text, InputWarning, stacklevel=5)
             lines = [(rows.line_num, {k.strip(): (v or "").strip() for k, v in r.items() if k}) for r in rows]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         problem = f"not a readable CSV file ({type(error).__name__})"
@@ -143,21 +166,25 @@ def _in_manifest(path: Path) -> Iterator[CaseFiles]:
         if not any(row.values()):
             continue
         where = f"line {number}: "
-        subject = _checked_id(path, row["subject"], where=where)
-        if row.get("session"):
-            subject += "_ses-" + _checked_id(path, row["session"], prefix="ses-", where=where)
+        subject = checked_id(path, row["subject"], where=where)
+        session = checked_id(path, row["session"], prefix="ses-", where=where) if row.get("session") else ""
         files: dict[str, Path] = {}
-        for role in ("flair", "mask", *_OPTIONAL):
+        for role in (*needed, *optional):
             text = row.get(role, "")
             if not text:
-                if role in _COLUMNS:
+                if role in needed:
                     raise InputError(path, f"{where}'{role}' is empty", "fill it in, or remove the line")
                 continue
             files[role] = path.parent / text
             if not os.path.lexists(files[role]):
                 problem = f"'{short(path)}' line {number} names it, but it does not exist"
                 raise InputError(files[role], problem, "correct the path (relative to the manifest)")
-        yield CaseFiles(subject, **files)
+        yield subject, session, files
+
+
+def _in_manifest(path: Path) -> Iterator[CaseFiles]:
+    for subject, session, files in manifest_rows(path, needed=_NEEDED, optional=_OPTIONAL):
+        yield CaseFiles(f"{subject}_ses-{session}" if session else subject, **files)
 
 
 def _in_folder(folder: Path) -> Iterator[CaseFiles]:
@@ -178,4 +205,9 @@ def _in_folder(folder: Path) -> Iterator[CaseFiles]:
             text = f"{short(folder)}: {ascii(stem)[1:-1]} is skipped, {lacking} is missing"
             warnings.warn(text, InputWarning, stacklevel=4)
             continue
-        yield CaseFiles(_checked_id(folder, stem), **files)  # type: ignore[arg-type]
+        if flags := (read_record(files["flair"]) or {}).get("flags"):
+            text = (
+                f"{short(files['flair'])}: flagged by `prepare` ({'; '.join(flags)}); look at its picture in figures/"
+            )
+            warnings.warn(text, InputWarning, stacklevel=4)
+        yield CaseFiles(checked_id(folder, stem), **files)  # type: ignore[arg-type]

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
-from synthlong.errors import ConfigError, short
 from synthlong.hole import REACH
+from synthlong.options import Options
 
 __all__ = ["SynthesisConfig"]
 
 
 @dataclass(frozen=True)
-class SynthesisConfig:
+class SynthesisConfig(Options):
     """How pairs are drawn. Shares and probabilities lie in [0, 1], means are per pair (whole brain).
 
     Args:
@@ -52,6 +49,8 @@ class SynthesisConfig:
         compression: Of the shards: "blosc-lz4" or "none".
     """
 
+    PATHS: ClassVar = ("prior", "lesion_bank", "inpainter", "generator")
+
     box: int = 64
     with_new_lesions: float = 0.6
     around_events: float = 0.75
@@ -81,96 +80,27 @@ class SynthesisConfig:
     compression: Literal["blosc-lz4", "none"] = "blosc-lz4"
 
     def __post_init__(self) -> None:
-        for option in fields(self):
-            value = _plain(option.name, getattr(self, option.name), option.default)
-            object.__setattr__(self, option.name, value)
+        super().__post_init__()
         shares = ("with_new_lesions", "around_events", "real_share", "removed_share", "gray_matter")
         means = ("vanished_mean", "enlarging_mean", "shrinking_mean", "stable_mean")
-        _check(self, shares, lambda v: 0 <= v <= 1, "in [0, 1]")
-        _check(self, means, lambda v: 0 <= v <= 100, "in [0, 100]")
-        _check(self, ("box",), lambda v: 16 <= v <= 160, "a whole number in 16..160")
-        _check(self, ("new_mean",), lambda v: 1 <= v <= 100, "in [1, 100]")
-        _check(self, ("new_max",), lambda v: 1 <= v <= 200, "a whole number in 1..200")
-        _check(self, ("volume_median_mm3",), lambda v: 4 <= v <= 3000, "in [4, 3000] mm3")
-        _check(self, ("volume_log_sd",), lambda v: 0 <= v <= 3, "in [0, 3]")
-        _check(self, ("max_event_mm3",), lambda v: 10 <= v <= 1e5, "in [10, 1e5] mm3")
-        _check(self, ("margin",), lambda v: 2 * REACH - 1 <= v <= 20, f"a whole number in {2 * REACH - 1}..20")
-        _check(self, ("core_share",), _rising, "two numbers in [0.05, 0.95], rising")
+        self.check(shares, lambda v: 0 <= v <= 1, "in [0, 1]")
+        self.check(means, lambda v: 0 <= v <= 100, "in [0, 100]")
+        self.check(("box",), lambda v: 16 <= v <= 160, "a whole number in 16..160")
+        self.check(("new_mean",), lambda v: 1 <= v <= 100, "in [1, 100]")
+        self.check(("new_max",), lambda v: 1 <= v <= 200, "a whole number in 1..200")
+        self.check(("volume_median_mm3",), lambda v: 4 <= v <= 3000, "in [4, 3000] mm3")
+        self.check(("volume_log_sd",), lambda v: 0 <= v <= 3, "in [0, 3]")
+        self.check(("max_event_mm3",), lambda v: 10 <= v <= 1e5, "in [10, 1e5] mm3")
+        self.check(("margin",), lambda v: 2 * REACH - 1 <= v <= 20, f"a whole number in {2 * REACH - 1}..20")
+        self.check(("core_share",), _rising, "two numbers in [0.05, 0.95], rising")
         artifacts = ("mild", "kamraoui", "none", "before_editing")
-        _check(self, ("artifacts",), lambda v: v in artifacts, "mild, kamraoui, none or before_editing")
-        _check(self, ("orientations",), lambda v: v in ("all", "mirror", "none"), "all, mirror or none")
+        self.check(("artifacts",), lambda v: v in artifacts, "mild, kamraoui, none or before_editing")
+        self.check(("orientations",), lambda v: v in ("all", "mirror", "none"), "all, mirror or none")
         painters = ("network", "copypaste", "ellipsoid")
-        _check(self, ("painter",), lambda v: v in painters, "network, copypaste or ellipsoid")
-        _check(self, ("precision",), lambda v: v in ("auto", "bf16", "float32"), "auto, bf16 or float32")
-        _check(self, ("compression",), lambda v: v in ("blosc-lz4", "none"), "blosc-lz4 or none")
-
-    @classmethod
-    def from_toml(cls, path: str | Path) -> SynthesisConfig:
-        """Read a config; keys are the arguments of this class, paths are relative to the file.
-
-        Raises:
-            ConfigError: Not TOML, an unknown key, a value of the wrong type or outside its range.
-        """
-        path = Path(path)
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"{short(path)}: not a readable TOML file ({error})") from error
-        for key in ("prior", "lesion_bank", "inpainter", "generator"):
-            if isinstance(values.get(key), str):
-                values[key] = str((path.parent / values[key]).resolve())
-        try:
-            return cls.from_dict(values)
-        except ConfigError as error:
-            raise ConfigError(f"{short(path)}: {error}") from error
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> SynthesisConfig:
-        """Build a config from plain values, refusing unknown keys and wrong types."""
-        known = {f.name: f for f in fields(cls)}
-        for key in values:
-            if key not in known:
-                import difflib
-
-                near = difflib.get_close_matches(key, known, 1)
-                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-                raise ConfigError(f"unknown option {key!a}; {hint}")
-        return cls(**values)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the config as plain JSON."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {**values, "core_share": list(self.core_share)}
-
-
-def _plain(name: str, value: Any, default: Any) -> Any:
-    """Return a value in the type of its option's default, so that equal configs have equal JSON."""
-
-    def number(v: Any) -> float:
-        if isinstance(v, bool) or not isinstance(v, (int, float)):
-            raise TypeError
-        return float(v)
-
-    kinds = {float: "a number", int: "a whole number", tuple: "a list of numbers"}
-    try:
-        if isinstance(default, float):
-            return number(value)
-        if isinstance(default, tuple) and isinstance(value, (list, tuple)):
-            return tuple(number(v) for v in value)
-        wanted = (str, type(None)) if default is None else type(default)
-        if not isinstance(value, wanted) or isinstance(value, bool):
-            raise TypeError
-    except (TypeError, OverflowError):
-        raise ConfigError(f"{name} = {value!a}: must be {kinds.get(type(default), 'text')}") from None
-    return value
+        self.check(("painter",), lambda v: v in painters, "network, copypaste or ellipsoid")
+        self.check(("precision",), lambda v: v in ("auto", "bf16", "float32"), "auto, bf16 or float32")
+        self.check(("compression",), lambda v: v in ("blosc-lz4", "none"), "blosc-lz4 or none")
 
 
 def _rising(shares: tuple[float, ...]) -> bool:
     return len(shares) == 2 and 0.05 <= shares[0] <= shares[1] <= 0.95
-
-
-def _check(config: SynthesisConfig, names: tuple[str, ...], good: Callable[[Any], bool], range_: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not good(value):
-            raise ConfigError(f"{name} = {value!a}: must be {range_}")

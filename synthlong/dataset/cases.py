@@ -100,9 +100,9 @@ def prepare_case(task: Preparation) -> Preparation:
             return replace(task, sources=sources)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", InputWarning)
-            case = task.files.read(prefer=task.prefer)
-        inpainter, _, _ = kept_synthesis(task.config)
-        store_case(task.folder, heal(case, inpainter), task.config, stamp={**stamp, "sources": case.sources})
+            inpainter, _, _ = kept_synthesis(task.config)
+            case = heal(task.files.read(prefer=task.prefer), inpainter)
+        store_case(task.folder, case, task.config, stamp={**stamp, "sources": case.sources})
     except OutputError:
         raise
     except SynthlongError as error:

@@ -57,7 +57,7 @@ from synthlong.pair import Pair, render
 from synthlong.recipe import draw_recipe, rng_of
 from synthlong.synthesis import SynthesisConfig
 
-__all__ = ["Outcome", "Progress", "forget", "generate"]
+__all__ = ["Outcome", "Progress", "forget", "generate", "processors"]
 
 _MB_PER_PAIR = {"blosc-lz4": 0.75, "none": 2.1}
 _MB_PER_CASE = 140
@@ -128,7 +128,7 @@ def generate(
     for name, value, low in (("pairs", pairs, 1), ("seed", seed, 0), ("shard_size", shard_size, 1)):
         if value < low:
             raise ConfigError(f"{name} = {value}: must be {low} or more")
-    workers = workers if workers > 0 else _processors()
+    workers = workers if workers > 0 else processors()
     config = config or SynthesisConfig()
     check_device(config.device)
     if config.precision == "auto":
@@ -173,7 +173,7 @@ def generate(
     return Outcome(pairs, shards, made, seconds, failures, lost)
 
 
-def _processors() -> int:
+def processors() -> int:
     """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -264,7 +264,7 @@ def _make_shards(
     """Make every shard that is not there; return all sidecars, how many pairs were made, and what was lost."""
     pairs, numbers = plan["pairs"], range(len(planned_shards(plan)))
     sidecars = {}
-    with ThreadPoolExecutor(_processors()) as readers:
+    with ThreadPoolExecutor(processors()) as readers:
         for n, sidecar in enumerate(readers.map(partial(_done, out, plan), numbers)):
             if sidecar:
                 sidecars[n] = sidecar

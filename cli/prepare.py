@@ -1,0 +1,67 @@
+"""`synthlong prepare`: raw scans to cases in MNI space."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+
+import typer
+
+from .options import Prefer
+
+
+class Recipe(StrEnum):
+    """The two preprocessings."""
+
+    kamraoui = "kamraoui"
+    schmidt = "schmidt"
+
+
+def prepare(
+    scans: Path = typer.Argument(..., help="Manifest (CSV: subject,flair[,session,mask,t1,brain,...]) or BIDS folder."),
+    out: Path = typer.Option(..., "-o", "--out", help="Folder to write; call again to go on where it stopped."),
+    recipe: Recipe = typer.Option(None, help="kamraoui: MNI space (default); schmidt: halfway space, z-scores."),
+    config: Path = typer.Option(None, help="PreparationConfig as TOML."),
+    participant_label: list[str] = typer.Option([], help="Only this subject; may be given several times."),
+    brain_mask: str = typer.Option(None, help="Path of brain masks, with {subject} and {session} in it."),
+    workers: int = typer.Option(0, help="Processes; 0: one per processor."),
+    device: str = typer.Option(None, help="Torch device of HD-BET and the inpainter, e.g. cuda:0."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Say what would be prepared, write nothing."),
+    prefer: Prefer = typer.Option(None, help="Which of two disagreeing orientations to use."),
+) -> None:
+    """Prepare raw scans: brain, denoising, bias field, registration to MNI space, intensities, tissue."""
+    from dataclasses import replace
+
+    from synthlong.preparation.config import PreparationConfig
+    from synthlong.preparation.run import prepare as run
+
+    from .progress import progress_bar
+
+    chosen = PreparationConfig.from_toml(config) if config else PreparationConfig()
+    if recipe:
+        chosen = replace(chosen, recipe=recipe.value)
+    if device:
+        chosen = replace(chosen, device=device)
+    with progress_bar() as show:
+        outcome = run(
+            scans,
+            out,
+            config=chosen,
+            participants=participant_label,
+            brain_mask=brain_mask,
+            workers=workers,
+            prefer=prefer.value if prefer else None,
+            dry_run=dry_run,
+            progress=show,
+        )
+    if dry_run:
+        for name in outcome.there:
+            typer.echo(f"would prepare: {name}")
+        typer.echo(f"{out.name}: {len(outcome.there)} scans to prepare")
+        return
+    for name, flags in outcome.flagged.items():
+        typer.echo(f"flagged: {name}: {'; '.join(flags)}; look at its picture in {out.name}/figures", err=True)
+    for subject, problem in outcome.failures.items():
+        typer.echo(f"failed: {subject}: {problem}", err=True)
+    typer.echo(f"{out.name}: {len(outcome.prepared)} scans prepared, {len(outcome.there)} were there")
+    raise typer.Exit(1 if outcome.failures or outcome.flagged else 0)

@@ -1,0 +1,57 @@
+"""How scans are prepared: the options of a preparation, from TOML or from code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from synthlong.options import Options
+
+__all__ = ["PreparationConfig"]
+
+
+@dataclass(frozen=True)
+class PreparationConfig(Options):
+    """How scans are prepared.
+
+    Args:
+        recipe: "kamraoui": MNI152 at 1 mm, brain only, mode 1 (Kamraoui et al. 2022, section 2.5.2); "schmidt": the
+            visits' halfway space, whole head, z-scores (Schmidt-Mengin et al. 2022).
+        denoise: Whether to denoise the scan.
+        denoise_again: Whether to denoise once more on the grid of MNI152.
+        correct_bias: Whether to remove the bias field.
+        brain: How HD-BET looks for the brain: "fast", or "accurate" (five networks, mirrored: forty times as long).
+        healthy: Whether to fill the lesions, for `generate`.
+        inpainter: Weights; default: the shipped ones.
+        precision: Of the inpainter: "bf16", "float32", or "auto": bf16 where the processor computes it natively.
+        device: Torch device of HD-BET and the inpainter.
+        spacing_mm: Voxel side of "schmidt".
+        least_overlap: Dice of the prepared brain and MNI152's below which a scan is flagged.
+        least_agreement: Correlation of two visits within the brain below which both are flagged.
+        least_snr: Signal-to-noise ratio below which a scan is flagged.
+    """
+
+    PATHS: ClassVar = ("inpainter",)
+
+    recipe: Literal["kamraoui", "schmidt"] = "kamraoui"
+    denoise: bool = True
+    denoise_again: bool = False
+    correct_bias: bool = True
+    brain: Literal["fast", "accurate"] = "fast"
+    healthy: bool = True
+    inpainter: str | None = None
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    device: str = "cpu"
+    spacing_mm: float = 0.5
+    least_overlap: float = 0.9
+    least_agreement: float = 0.8
+    least_snr: float = 5.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check(("recipe",), lambda v: v in ("kamraoui", "schmidt"), "kamraoui or schmidt")
+        self.check(("brain",), lambda v: v in ("fast", "accurate"), "fast or accurate")
+        self.check(("precision",), lambda v: v in ("auto", "bf16", "float32"), "auto, bf16 or float32")
+        self.check(("spacing_mm",), lambda v: 0.3 <= v <= 2, "in [0.3, 2] mm")
+        self.check(("least_overlap", "least_agreement"), lambda v: 0 <= v <= 1, "in [0, 1]")
+        self.check(("least_snr",), lambda v: 0 <= v <= 1000, "in [0, 1000]")

@@ -1,0 +1,155 @@
+"""Whether a scan was prepared well: figures, the flags that they raise, and a picture to look at."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from synthlong.pictures import Picture, gray_pixels, upright
+from synthlong.preparation.config import PreparationConfig
+from synthlong.preparation.registration import mni_brain, mni_scan
+
+__all__ = ["Figures", "agreement", "correlation", "figures_of", "flags_of", "picture_of", "snr_of"]
+
+_BRAIN_ML = (700, 2200)
+_LESION, _BRAIN = (255, 79, 79), (74, 163, 255)
+_ZOOM = 2
+
+
+@dataclass(frozen=True)
+class Figures:
+    """How well one visit was prepared.
+
+    Args:
+        brain_ml: Volume of the brain in the scan.
+        snr: Signal-to-noise ratio of the scan; see `snr_of`.
+        overlap: Dice of the prepared brain and that of MNI152.
+        template: Correlation with the MNI template of the contrast, within both brains.
+        agreement: Correlation of the visit with the first one within both brains; None for a single visit.
+        lesions: Lesions of the mask (26-connected).
+        lesions_ml: Their volume in the scan.
+        lesions_prepared: Lesions of the prepared mask.
+    """
+
+    brain_ml: float
+    snr: float
+    overlap: float
+    template: float
+    agreement: float | None
+    lesions: int
+    lesions_ml: float
+    lesions_prepared: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures as plain JSON, rounded."""
+        return {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(self).items()}
+
+
+def flags_of(figures: Figures, config: PreparationConfig) -> list[str]:
+    """Return what is wrong with a prepared scan, in a few words each."""
+    low, high = _BRAIN_ML
+    flags = []
+    if not low <= figures.brain_ml <= high:
+        flags.append(f"brain of {figures.brain_ml:.0f} ml")
+    if figures.overlap < config.least_overlap:
+        flags.append(f"overlap with the MNI brain {figures.overlap:.2f}")
+    if figures.agreement is not None and figures.agreement < config.least_agreement:
+        flags.append(f"correlation of the visits {figures.agreement:.2f}")
+    if figures.snr < config.least_snr:
+        flags.append(f"signal-to-noise ratio {figures.snr:.1f}")
+    return flags
+
+
+def figures_of(
+    scan: NDArray,
+    brain: NDArray[np.bool_],
+    voxel_mm3: float,
+    lesions: NDArray,
+    *,
+    prepared: NDArray,
+    prepared_brain: NDArray[np.bool_],
+    prepared_lesions: NDArray,
+    agreement: float | None,
+) -> Figures:
+    """Return the figures of one visit, from its scan and from what was made of it in MNI152."""
+    usual = mni_brain()
+    full = np.ones((3, 3, 3))
+    return Figures(
+        brain_ml=float(brain.sum() * voxel_mm3 / 1000),
+        snr=snr_of(scan, brain),
+        overlap=float(2 * (prepared_brain & usual).sum() / (prepared_brain.sum() + usual.sum())),
+        template=correlation(prepared, mni_scan("FLAIR"), prepared_brain & usual),
+        agreement=agreement,
+        lesions=ndimage.label(lesions, full)[1],
+        lesions_ml=float((lesions != 0).sum() * voxel_mm3 / 1000),
+        lesions_prepared=ndimage.label(prepared_lesions, full)[1],
+    )
+
+
+def snr_of(scan: NDArray, brain: NDArray[np.bool_]) -> float:
+    """Return the brain's median over the SD of its noise.
+
+    The noise is the median absolute second difference along the first axis, which is blind to anatomy's slopes;
+    scans interpolated by the scanner look less noisy than they are.
+    """
+    within = brain[:-2] & brain[1:-1] & brain[2:]
+    second = (scan[:-2] - 2 * scan[1:-1] + scan[2:])[within]
+    noise = 1.4826 * float(np.median(np.abs(second))) / np.sqrt(6)
+    return float(np.median(scan[brain])) / max(noise, 1e-9)
+
+
+def correlation(one: NDArray, other: NDArray, where: NDArray[np.bool_]) -> float:
+    """Return Pearson's correlation over some voxels, 0 where there are none."""
+    a, b = one[where].astype(np.float64), other[where].astype(np.float64)
+    return float(np.corrcoef(a, b)[0, 1]) if a.size > 1 and a.std() > 0 and b.std() > 0 else 0.0
+
+
+def agreement(images: list[NDArray], brains: list[NDArray[np.bool_]]) -> list[float | None]:
+    """Return each visit's correlation with the first within both brains; None for a single visit.
+
+    The first one's is the mean of the others'.
+    """
+    if len(images) == 1:
+        return [None]
+    others = [correlation(images[0], x, brains[0] & b) for x, b in zip(images[1:], brains[1:], strict=True)]
+    return [float(np.mean(others)), *others]
+
+
+def picture_of(image: NDArray, lesions: NDArray) -> Picture:
+    """Return three planes with the outlines of the MNI brain (blue) and the lesions (red).
+
+    The upper row lies through the middle of the brain, the lower one through the largest lesion, if there is one.
+
+    Args:
+        image: Prepared scan on the grid of MNI152, brain mode 1.
+        lesions: Lesion voxels.
+    """
+    brain = mni_brain()
+    places = [np.argwhere(brain).mean(axis=0).astype(int)]
+    labels, count = ndimage.label(lesions, np.ones((3, 3, 3)))
+    if count:
+        largest = np.bincount(labels.ravel())[1:].argmax() + 1
+        inside = np.argwhere(labels == largest)
+        places.append(inside[len(inside) // 2])
+    return np.vstack([_row(image, lesions, brain, place) for place in places])
+
+
+def _row(image: NDArray, lesions: NDArray, brain: NDArray, place: NDArray) -> Picture:
+    planes = []
+    for axis in (2, 1, 0):
+        plane, lesion, outline = (upright(np.take(a, place[axis], axis)) for a in (image, lesions, brain))
+        pixels = np.kron(np.repeat(gray_pixels(plane)[..., None], 3, axis=2), np.ones((_ZOOM, _ZOOM, 1), np.uint8))
+        for mask, colour in ((outline, _BRAIN), (lesion, _LESION)):
+            pixels[_edge(np.kron(mask != 0, np.ones((_ZOOM, _ZOOM), bool)))] = colour
+        planes.append(pixels)
+    height = _ZOOM * max(image.shape[1:])
+    return np.hstack([np.pad(p, ((height - len(p), 0), (0, 0), (0, 0))) for p in planes])
+
+
+def _edge(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return the pixels just outside a mask."""
+    return ndimage.binary_dilation(mask) & ~mask

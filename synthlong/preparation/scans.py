@@ -1,0 +1,153 @@
+"""Which raw scans there are: a CSV manifest, or a BIDS folder."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from synthlong.errors import ConfigError, InputError, InputWarning, short
+from synthlong.manifest import check_ids, checked_id, manifest_rows
+from synthlong.preparation.tools import load_bids
+
+__all__ = ["Scan", "find_scans", "visits_of"]
+
+_FILES = ("flair", "mask", "t1", "brain", "tissue", "new_lesions", "new_lesions_xfm")
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The files of one visit as it left the scanner.
+
+    Args:
+        subject: Without `sub-`.
+        flair: FLAIR, whole head, any grid.
+        session: Without `ses-`; "" where there is one visit only.
+        mask: Lesion mask on the FLAIR's grid.
+        t1: T1-weighted scan of the same visit, on its own grid.
+        brain: Brain mask on the FLAIR's grid.
+        tissue: Labels on the FLAIR's grid (0 background, 1 CSF, 2 GM, 3 WM).
+        new_lesions: Mask of the lesions that are new at this visit, on its own grid.
+        new_lesions_xfm: ITK transform that maps points of that mask's space to points of this FLAIR.
+    """
+
+    subject: str
+    flair: Path
+    session: str = ""
+    mask: Path | None = None
+    t1: Path | None = None
+    brain: Path | None = None
+    tissue: Path | None = None
+    new_lesions: Path | None = None
+    new_lesions_xfm: Path | None = None
+
+    @property
+    def id(self) -> str:
+        """Subject and session, as file names have them after `sub-`."""
+        return f"{self.subject}_ses-{self.session}" if self.session else self.subject
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The files that there are, by role."""
+        return {role: getattr(self, role) for role in _FILES if getattr(self, role) is not None}
+
+
+def find_scans(source: str | Path, *, participants: Collection[str] = (), brain_mask: str | None = None) -> list[Scan]:
+    """List the scans of a manifest or a BIDS folder, by subject and session.
+
+    Args:
+        source: CSV file with the columns `subject,flair[,session,mask,t1,brain,tissue,new_lesions,new_lesions_xfm]`,
+            paths relative to it; or a BIDS folder: `*_FLAIR.nii.gz`, `*_T1w.nii.gz` of the same session, and of its
+            derivatives `*_desc-lesions_mask.nii.gz` or `*_label-lesion_mask.nii.gz`.
+        participants: Only these subjects, with or without `sub-`.
+        brain_mask: Where brain masks lie, with `{subject}` and `{session}` to be filled in.
+
+    Raises:
+        InputError: No such place, no scan, missing columns, unsafe or repeated ids, files that do not exist.
+        ConfigError: A participant that is not there; no pybids.
+    """
+    source = Path(source)
+    if source.is_dir():
+        found = list(_in_bids(source))
+        if not found:
+            raise InputError(source, "no *_FLAIR.nii.gz in it", "pass a BIDS folder, or a manifest (CSV)")
+    elif source.exists():
+        rows = manifest_rows(source, needed=("flair",), optional=_FILES[1:])
+        found = [Scan(subject, session=session, **files) for subject, session, files in rows]
+        if not found:
+            raise InputError(source, "the manifest lists no scan", "add a row: subject,flair")
+    else:
+        raise InputError(source, "no such file or folder", "pass a manifest (CSV) or a BIDS folder")
+    check_ids(source, [scan.id for scan in found])
+    for subject, visits in visits_of(found):
+        if len(visits) > 1 and not all(visit.session for visit in visits):
+            raise InputError(
+                source, f"subject '{subject}' has several scans", "name their sessions in column 'session'"
+            )
+    if participants:
+        wanted = {p.removeprefix("sub-") for p in participants}
+        if unknown := wanted - {scan.subject for scan in found}:
+            raise ConfigError(f"--participant-label {' '.join(sorted(unknown))}: not in {short(source)}")
+        found = [scan for scan in found if scan.subject in wanted]
+    if brain_mask is not None:
+        found = [_with_brain(scan, brain_mask) for scan in found]
+    return [scan for _, visits in visits_of(found) for scan in visits]
+
+
+def visits_of(scans: Collection[Scan]) -> list[tuple[str, list[Scan]]]:
+    """Return the scans of each subject; sessions in their order, 2 before 10."""
+
+    def key(scan: Scan) -> Any:
+        parts = re.split(r"(\d+)", scan.session)
+        return scan.subject, [(int(p), "") if p.isdecimal() else (-1, p) for p in parts]
+
+    return [(subject, list(group)) for subject, group in groupby(sorted(scans, key=key), key=lambda s: s.subject)]
+
+
+def _with_brain(scan: Scan, pattern: str) -> Scan:
+    try:
+        path = Path(pattern.format(subject=scan.subject, session=scan.session))
+    except (KeyError, IndexError, ValueError) as error:
+        raise ConfigError(f"--brain-mask {pattern}: only {{subject}} and {{session}} are filled in") from error
+    if not path.exists():
+        raise InputError(path, "no such brain mask", "correct --brain-mask, or leave it out for HD-BET")
+    return replace(scan, brain=path)
+
+
+def _in_bids(folder: Path) -> Iterator[Scan]:
+    layout = load_bids()(folder, derivatives=True, validate=False)
+
+    def files(scope: str, **entities: Any) -> list[Path]:
+        found = layout.get(scope=scope, extension=[".nii", ".nii.gz"], **entities)
+        return sorted(Path(f.path) for f in found)
+
+    scans = layout.get(scope="raw", suffix="FLAIR", extension=[".nii", ".nii.gz"])
+    places = sorted({(f.entities["subject"], f.entities.get("session")) for f in scans}, key=str)
+    for subject, session in places:
+        place = {"subject": subject, "session": session}
+        where = f"sub-{subject}" + (f"_ses-{session}" if session else "")
+        masks = [p for p in files("derivatives", suffix="mask", **place) if re.search("lesions?_", p.name)]
+        yield Scan(
+            checked_id(folder, subject),
+            _only(folder, where, "FLAIR", files("raw", suffix="FLAIR", **place)),
+            checked_id(folder, session, prefix="ses-") if session else "",
+            mask=_only(folder, where, "lesion mask", masks) if masks else None,
+            t1=_first(where, files("raw", suffix="T1w", **place)),
+        )
+
+
+def _only(folder: Path, where: str, what: str, paths: list[Path]) -> Path:
+    if len(paths) > 1:
+        names = ", ".join(p.name for p in paths)
+        raise InputError(folder, f"{where} has several {what}s ({names})", "pass a manifest that names one")
+    return paths[0]
+
+
+def _first(where: str, paths: list[Path]) -> Path | None:
+    if len(paths) > 1:
+        warnings.warn(f"{where}: of {len(paths)} T1w scans {paths[0].name} is used", InputWarning, stacklevel=4)
+    return paths[0] if paths else None

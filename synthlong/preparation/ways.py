@@ -1,0 +1,93 @@
+"""Ways between spaces: 4x4 matrices in RAS+ mm, read and written as ITK's transforms, and the middle of several.
+
+A way from A to B maps points of A to points of B. Format: ITK's text transforms, and the binary `.mat` that ANTs
+writes (MATLAB 4).
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import linalg
+from scipy.io import loadmat
+
+from synthlong.errors import InputError
+
+__all__ = ["middle_of", "read_way", "way_of", "way_text"]
+
+_LINEAR = ("AffineTransform", "MatrixOffsetTransformBase")
+_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+def way_of(parameters: NDArray, centre: NDArray) -> NDArray[np.float64]:
+    """Return the way that ITK's twelve parameters and centre of rotation describe, `(4, 4)`."""
+    way = np.eye(4)
+    way[:3, :3] = np.reshape(parameters[:9], (3, 3))
+    way[:3, 3] = parameters[9:12] + centre - way[:3, :3] @ centre
+    return _LPS @ way @ _LPS
+
+
+def way_text(way: NDArray) -> str:
+    """Return a way as ITK's text transform; its numbers read back exactly."""
+    lps = _LPS @ way @ _LPS
+    numbers = [float(n) for n in (*lps[:3, :3].ravel(), *lps[:3, 3])]
+    return (
+        "#Insight Transform File V1.0\n#Transform 0\nTransform: AffineTransform_double_3_3\n"
+        f"Parameters: {' '.join(map(repr, numbers))}\nFixedParameters: 0 0 0\n"
+    )
+
+
+def read_way(path: str | Path) -> NDArray[np.float64]:
+    """Read a linear transform, `(4, 4)`.
+
+    Raises:
+        InputError: Missing, not one linear ITK transform, or it cannot be inverted.
+    """
+    path = Path(path)
+    give = "give one ITK affine or rigid transform, .txt or ANTs' .mat"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(path, f"cannot be read ({error.strerror})", "check the path") from error
+    try:
+        kind, parameters, centre = _text(data) if data.startswith(b"#Insight") else _matlab(data)
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError, NotImplementedError) as error:
+        raise InputError(path, "is not an ITK transform", give) from error
+    if kind.split("_")[0] not in _LINEAR or parameters.size != 12 or centre.size != 3:
+        raise InputError(path, f"holds a {kind[:60]!a}", give)
+    way = way_of(parameters, centre)
+    if not (np.isfinite(way).all() and abs(np.linalg.det(way[:3, :3])) > 1e-6):
+        raise InputError(path, "its transform cannot be inverted", give)
+    return way
+
+
+def _text(data: bytes) -> tuple[str, NDArray, NDArray]:
+    lines = dict(line.split(": ", 1) for line in data.decode().splitlines() if ": " in line)
+    if data.count(b"Transform: ") != 1:
+        return "list of several transforms", np.empty(0), np.empty(0)
+    numbers = [np.array(lines[key].split(), float) for key in ("Parameters", "FixedParameters")]
+    return lines["Transform"].strip(), numbers[0], numbers[1]
+
+
+def _matlab(data: bytes) -> tuple[str, NDArray, NDArray]:
+    held = {k: v for k, v in loadmat(io.BytesIO(data)).items() if not k.startswith("__")}
+    centre = np.ravel(held.pop("fixed"))
+    (kind, parameters), *_ = held.items()
+    return kind, np.ravel(parameters), centre
+
+
+def middle_of(ways: list[NDArray]) -> list[NDArray[np.float64]]:
+    """Return the ways from the middle of several visits to each of them.
+
+    The middle is the mean of the ways' matrix logarithms: for two visits halfway, so that each is moved alike
+    (Reuter et al. 2012, doi 10.1016/j.neuroimage.2012.02.084).
+
+    Args:
+        ways: From the first visit to each, the first of them the identity; rotations and shifts.
+    """
+    logs = [np.real(linalg.logm(way)) for way in ways]
+    from_middle = linalg.inv(linalg.expm(np.mean(logs, axis=0)))
+    return [way @ from_middle for way in ways]
