@@ -23,7 +23,7 @@ from synthlong.hole import FLUID
 from synthlong.nifti import Volume, read_nifti
 from synthlong.tissue import CSF, classify_tissue, fitted_tissue_maps, is_whole
 
-__all__ = ["Case", "mode_of", "patient_of", "read_case"]
+__all__ = ["Case", "check_binary", "mode_of", "patient_of", "read_beside", "read_case"]
 
 _SMALLEST_SIDE_MM = 16
 _LARGEST_SIDE_MM = 512
@@ -100,11 +100,11 @@ def read_case(
     """
     flair, mask = Path(flair), Path(mask)
     image = read_nifti(flair, prefer=prefer)
-    lesion = _read_beside(mask, image, prefer=prefer)
+    lesion = read_beside(mask, image, prefer=prefer)
     _check_mask(lesion, image)
     others = {"t1": t1, "brain": brain, "tissue": tissue}
     extra = {
-        role: _read_beside(Path(path), image, prefer=prefer, allow_empty=False)
+        role: read_beside(Path(path), image, prefer=prefer, allow_empty=False)
         for role, path in others.items()
         if path is not None
     }
@@ -112,7 +112,7 @@ def read_case(
     raw = image.data
     brain_mask = extra["brain"].data != 0 if "brain" in extra else raw != 0
     if "brain" in extra:
-        _check_binary(extra["brain"])
+        check_binary(extra["brain"])
         if np.array_equal(brain_mask, lesion.data != 0):
             raise InputError(mask, "the lesion mask is the brain mask", _WRONG_MASK)
     labels = None
@@ -234,8 +234,12 @@ class _Grid:
         return (data if self.keeps else self._interpolate(data, 0)).astype(np.uint8)
 
 
-def _read_beside(path: Path, image: Volume, *, prefer: str | None, allow_empty: bool = True) -> Volume:
-    """Read a volume that must lie on the FLAIR's grid."""
+def read_beside(path: Path, image: Volume, *, prefer: str | None, allow_empty: bool = True) -> Volume:
+    """Read a volume that must lie on the grid of `image`.
+
+    Raises:
+        InputError: It cannot be read, or its shape or affine is another.
+    """
     volume = read_nifti(path, prefer=prefer, allow_empty=allow_empty)
     if volume.data.shape != image.data.shape:
         problem = f"shape {volume.data.shape}, but {short(image.path)} has {image.data.shape}"
@@ -249,7 +253,8 @@ def _read_beside(path: Path, image: Volume, *, prefer: str | None, allow_empty: 
     return volume
 
 
-def _check_binary(volume: Volume) -> None:
+def check_binary(volume: Volume) -> None:
+    """Raise an InputError unless all voxels are 0 or one other value, a positive one."""
     positive = volume.data[volume.data != 0]
     if positive.size and (positive.min() != positive.max() or positive.min() < 0):
         problem = f"not a binary mask (values from {positive.min():g} to {positive.max():g} beside 0)"
@@ -259,7 +264,7 @@ def _check_binary(volume: Volume) -> None:
 def _check_mask(mask: Volume, image: Volume) -> None:
     if mask.sha256 == image.sha256 or np.array_equal(mask.data, image.data):
         raise InputError(mask.path, "the mask is the FLAIR itself", _WRONG_MASK)
-    _check_binary(mask)
+    check_binary(mask)
     lesion, scan = mask.data != 0, image.data != 0
     if lesion.any() and lesion.sum() > 0.5 * scan.sum():
         problem = f"the mask covers {lesion.sum() / scan.sum():.0%} of the scan, like a brain mask"
