@@ -23,6 +23,7 @@ bench: .venv/.dev
 	$(BIN)/python benchmarks/generate.py
 	$(BIN)/python benchmarks/artifacts.py
 	$(BIN)/python benchmarks/shards.py
+	$(BIN)/python benchmarks/scores.py
 
 clean:
 	rm -rf .venv demo build *.egg-info

@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from . import atlas, augment, check, demo, export, fit, generate, prepare, replay, report, verify
+from . import atlas, augment, check, demo, evaluate, export, fit, generate, prepare, replay, report, verify
 
 __all__ = ["app", "main"]
 
@@ -34,6 +34,7 @@ app.command("replay")(replay.replay)
 app.command("augment")(augment.augment)
 app.command("atlas")(atlas.atlas)
 app.command("fit")(fit.fit)
+app.command("evaluate")(evaluate.evaluate)
 
 
 @app.callback(invoke_without_command=True)

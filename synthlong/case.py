@@ -242,7 +242,11 @@ class _Grid:
 
 
 def read_beside(path: Path, image: Volume, *, prefer: str | None = None, allow_empty: bool = True) -> Volume:
-    """Read a volume that must lie on the FLAIR's grid."""
+    """Read a volume that must lie on the grid of `image`.
+
+    Raises:
+        InputError: It cannot be read, or its shape or affine is another.
+    """
     volume = read_nifti(path, prefer=prefer, allow_empty=allow_empty)
     if volume.data.shape != image.data.shape:
         problem = f"shape {volume.data.shape}, but {short(image.path)} has {image.data.shape}"
@@ -257,7 +261,7 @@ def read_beside(path: Path, image: Volume, *, prefer: str | None = None, allow_e
 
 
 def check_binary(volume: Volume) -> None:
-    """Raise an InputError unless a volume holds 0 and at most one other value, above it."""
+    """Raise an InputError unless all voxels are 0 or one other value, a positive one."""
     positive = volume.data[volume.data != 0]
     if positive.size and (positive.min() != positive.max() or positive.min() < 0):
         problem = f"not a binary mask (values from {positive.min():g} to {positive.max():g} beside 0)"

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import synthlong
+import synthlong.detection
 
 ROOT = Path(synthlong.__file__).parent
 MODULES = sorted(
@@ -27,12 +28,13 @@ def test_each_module_says_what_it_exports(name):
     assert list(module.__all__) == sorted(set(module.__all__), key=group)
 
 
-def test_the_top_levels_names_resolve():
-    for name in synthlong.__all__:
-        assert getattr(synthlong, name) is not None
-    assert set(dir(synthlong)) >= set(synthlong.__all__)
+@pytest.mark.parametrize("package", [synthlong, synthlong.detection])
+def test_lazy_names_resolve(package):
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+    assert set(dir(package)) >= set(package.__all__)
     with pytest.raises(AttributeError, match="no_such_name"):
-        _ = synthlong.no_such_name
+        _ = package.no_such_name
 
 
 @pytest.mark.parametrize("heavy", ["torch", "numba", "scipy", "nibabel"])

@@ -98,7 +98,7 @@ def snr_of(scan: NDArray, brain: NDArray[np.bool_]) -> float:
     """
     within = brain[:-2] & brain[1:-1] & brain[2:]
     second = (scan[:-2] - 2 * scan[1:-1] + scan[2:])[within]
-    noise = 1.4826 * float(np.median(np.abs(second))) / np.sqrt(6)
+    noise = 1.4826 * float(np.median(np.abs(second))) / 6**0.5
     return float(np.median(scan[brain])) / max(noise, 1e-9)
 
 

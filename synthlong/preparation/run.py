@@ -102,7 +102,7 @@ def prepare(
         config: How.
         participants: Only these subjects.
         brain_mask: Where brain masks lie; see `find_scans`.
-        workers: Processes; 0: one per usable processor. Each needs about 2 GB.
+        workers: Processes; 0: one per usable processor. Each needs about 3.5 GB.
         prefer: "sform" or "qform" where a scan's two disagree.
         dry_run: Write nothing, say what would be prepared.
         progress: Called as (stage, done, total).

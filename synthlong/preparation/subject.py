@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from synthlong.case import check_binary, check_mask, clip_to_brain, read_beside
 from synthlong.errors import InputError, InputWarning
@@ -36,7 +35,6 @@ from synthlong.resampling import Grid, carry_mask, resample
 __all__ = ["Record", "prepare_subject"]
 
 _VISIT_MM, _TEMPLATE_MM = 1.5, 2.0  # grids of registration
-_RIM_MM = 4.0  # tissue around the brain that interpolation at its edge may see
 
 
 @dataclass(frozen=True)
@@ -136,7 +134,8 @@ def prepare_subject(
             prepared_lesions=case.lesions,
             agreement=same,
         )
-        (folder / figure_name(visit.scan.id)).write_bytes(png_bytes(picture_of(case.flair, case.lesions)))
+        picture = picture_of(case.flair, case.lesions | case.new_lesions)
+        (folder / figure_name(visit.scan.id)).write_bytes(png_bytes(picture))
         native = _write_way(visit.scan, visit.grid, way, folder, space="MNI152")
         records.append(Record(visit.scan.id, native, figures.as_dict(), flags_of(figures, config)))
     return records
@@ -176,9 +175,8 @@ def _grid_of(volume: Volume) -> Grid:
 
 
 def _cleaned(scan: NDArray, brain: NDArray[np.bool_], grid: Grid, config: PreparationConfig) -> NDArray[np.float32]:
-    """Denoise and correct the brain and its rim; beyond, the scan stays."""
-    wide = ndimage.distance_transform_edt(~brain, sampling=grid.spacing_mm) <= _RIM_MM
-    clean = np.where(wide, denoise(scan, wide, grid), scan) if config.denoise else scan
+    """Denoise and correct the brain; what lies around it stays, for the interpolation at its edge."""
+    clean = np.where(brain, denoise(scan, brain, grid), scan) if config.denoise else scan
     return correct_bias(clean, brain, grid) if config.correct_bias else clean.astype(np.float32)
 
 
@@ -205,6 +203,7 @@ class _Prepared:
     flair: NDArray[np.float32]
     brain: NDArray[np.uint8]
     lesions: NDArray[np.uint8]
+    new_lesions: NDArray[np.uint8]
 
 
 def _in_mni(
@@ -245,9 +244,11 @@ def _in_mni(
             write_healthy(place("desc-healthy_FLAIR.nii.gz"), case, inpainter)
     if scan.mask is None:
         files["mask"].unlink()
+    new = np.zeros(MNI.shape, np.uint8)
     if scan.new_lesions is not None:
-        write("desc-newlesions_mask.nii.gz", _new_lesions(scan, visit.flair, way, MNI) * brain)
-    return _Prepared(case.flair, case.brain, case.lesions)
+        new = _new_lesions(scan, visit.flair, way, MNI) * case.brain
+        write("desc-newlesions_mask.nii.gz", new)
+    return _Prepared(case.flair, case.brain, case.lesions, new)
 
 
 def _tissue(path: Path, visit: _Visit, step: NDArray) -> NDArray[np.uint8]:
