@@ -20,15 +20,13 @@ class PreparationConfig(Options):
         denoise: Whether to denoise the scan.
         denoise_again: Whether to denoise once more on the grid of MNI152.
         correct_bias: Whether to remove the bias field.
+        visits: Motion between a patient's visits: "rigid", or "affine" where the scanner changed and its scales with it.
         brain: How HD-BET looks for the brain: "fast", or "accurate" (five networks, mirrored: forty times as long).
         healthy: Whether to fill the lesions, for `generate`.
         inpainter: Weights; default: the shipped ones.
         precision: Of the inpainter: "bf16", "float32", or "auto": bf16 where the processor computes it natively.
         device: Torch device of HD-BET and the inpainter.
         spacing_mm: Voxel side of "schmidt".
-        least_overlap: Dice of the prepared brain and MNI152's below which a scan is flagged.
-        least_agreement: Correlation of two visits within the brain below which both are flagged.
-        least_snr: Signal-to-noise ratio below which a scan is flagged.
     """
 
     PATHS: ClassVar = ("inpainter",)
@@ -37,21 +35,18 @@ class PreparationConfig(Options):
     denoise: bool = True
     denoise_again: bool = False
     correct_bias: bool = True
+    visits: Literal["rigid", "affine"] = "rigid"
     brain: Literal["fast", "accurate"] = "fast"
     healthy: bool = True
     inpainter: str | None = None
     precision: Literal["auto", "bf16", "float32"] = "auto"
     device: str = "cpu"
     spacing_mm: float = 0.5
-    least_overlap: float = 0.9
-    least_agreement: float = 0.8
-    least_snr: float = 5.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check(("recipe",), lambda v: v in ("kamraoui", "schmidt"), "kamraoui or schmidt")
+        self.check(("visits",), lambda v: v in ("rigid", "affine"), "rigid or affine")
         self.check(("brain",), lambda v: v in ("fast", "accurate"), "fast or accurate")
         self.check(("precision",), lambda v: v in ("auto", "bf16", "float32"), "auto, bf16 or float32")
         self.check(("spacing_mm",), lambda v: 0.3 <= v <= 2, "in [0.3, 2] mm")
-        self.check(("least_overlap", "least_agreement"), lambda v: 0 <= v <= 1, "in [0, 1]")
-        self.check(("least_snr",), lambda v: 0 <= v <= 1000, "in [0, 1000]")

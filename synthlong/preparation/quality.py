@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from synthlong.pictures import Picture, gray_pixels, upright
-from synthlong.preparation.config import PreparationConfig
 from synthlong.preparation.registration import mni_brain, mni_scan
 
 __all__ = ["Figures", "agreement", "correlation", "figures_of", "flags_of", "picture_of", "snr_of"]
 
 _BRAIN_ML = (700, 2200)
+_LEAST_OVERLAP, _LEAST_AGREEMENT, _LEAST_SNR = 0.9, 0.8, 5.0
 _LESION, _BRAIN = (255, 79, 79), (74, 163, 255)
 _ZOOM = 2
 
@@ -49,17 +49,17 @@ class Figures:
         return {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(self).items()}
 
 
-def flags_of(figures: Figures, config: PreparationConfig) -> list[str]:
+def flags_of(figures: Figures) -> list[str]:
     """Return what is wrong with a prepared scan, in a few words each."""
     low, high = _BRAIN_ML
     flags = []
     if not low <= figures.brain_ml <= high:
         flags.append(f"brain of {figures.brain_ml:.0f} ml")
-    if figures.overlap < config.least_overlap:
+    if figures.overlap < _LEAST_OVERLAP:
         flags.append(f"overlap with the MNI brain {figures.overlap:.2f}")
-    if figures.agreement is not None and figures.agreement < config.least_agreement:
+    if figures.agreement is not None and figures.agreement < _LEAST_AGREEMENT:
         flags.append(f"correlation of the visits {figures.agreement:.2f}")
-    if figures.snr < config.least_snr:
+    if figures.snr < _LEAST_SNR:
         flags.append(f"signal-to-noise ratio {figures.snr:.1f}")
     return flags
 

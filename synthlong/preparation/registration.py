@@ -24,6 +24,7 @@ __all__ = ["MNI", "Image", "align_visits", "mni_at", "mni_brain", "mni_scan", "r
 
 MNI = Grid(MNI_SHAPE, mni_affine())
 
+_SAMPLES = 150_000  # of the fixed image, on its own grid
 _CONTRASTS = {"FLAIR": (0.15, 1.1, 0.9), "T1w": (0.2, 0.65, 1.0)}  # CSF, gray, white matter
 
 
@@ -81,7 +82,7 @@ def register(
             initial_transform=first,
             outprefix=str(Path(folder) / "found"),
             aff_metric="mattes",
-            aff_random_sampling_rate=0.1,
+            aff_random_sampling_rate=min(1.0, _SAMPLES / np.prod(fixed.grid.shape)),
             aff_iterations=(500, 250, 50),
             aff_shrink_factors=(4, 2, 1),
             aff_smoothing_sigmas=(2, 1, 0),
@@ -94,19 +95,21 @@ def register(
     return result
 
 
-def align_visits(visits: Sequence[Image]) -> list[NDArray[np.float64]]:
-    """Return the rigid ways from the middle of a patient's visits to each of them; one visit is its own middle.
+def align_visits(visits: Sequence[Image], *, motion: Literal["Rigid", "Affine"] = "Rigid") -> list[NDArray[np.float64]]:
+    """Return the ways from the middle of a patient's visits to each of them; one visit is its own middle.
 
     Every visit is registered to the first and the first to it; the mean of both favours neither.
 
     Args:
         visits: Brains, or heads, of one patient on upright grids.
+        motion: "Affine" where the scanners' scales differ, by about 1 % between two of them.
     """
     ways = [np.eye(4)]
     for visit in visits[1:]:
-        there = register(visits[0], visit, motion="Rigid")
-        back = register(visit, visits[0], motion="Rigid", start=np.linalg.inv(there))
-        ways.append(_rigid(linalg.expm((linalg.logm(there) - linalg.logm(back)).real / 2)))
+        there = register(visits[0], visit, motion=motion)
+        back = register(visit, visits[0], motion=motion, start=np.linalg.inv(there))
+        mean = linalg.expm((linalg.logm(there) - linalg.logm(back)).real / 2)
+        ways.append(_rigid(mean) if motion == "Rigid" else mean)
     return middle_of(ways)
 
 

@@ -18,7 +18,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -133,16 +132,19 @@ def prepare(
     failures: dict[str, str] = {}
     with writer_lock(out):
         _sweep(out)
-        for task in _done(todo, workers, progress):
-            for text in task.warnings:
-                warnings.warn(text, InputWarning, stacklevel=2)
-            if task.failure is not None:
-                failures[task.subject] = task.failure
-        _sweep(out)
+        try:
+            for task in _done(todo, workers, progress):
+                for text in task.warnings:
+                    warnings.warn(text, InputWarning, stacklevel=2)
+                if task.failure is not None:
+                    failures[task.subject] = task.failure
+        finally:
+            _sweep(out)
         publish(out / "dataset_description.json", (json.dumps(description(), indent=1) + "\n").encode())
-        _write_tables(out, tasks, failures)
+        records = _write_tables(out, tasks, failures)
     made = [task for task in todo if task.subject not in failures]
-    flagged = {scan.id: flags for task in tasks for scan in task.scans if (flags := _flags(task, scan))}
+    mine = {scan.id for task in tasks for scan in task.scans}
+    flagged = {name: record["flags"] for name, record in records.items() if record["flags"] and name in mine}
     return Outcome(
         prepared=[scan.id for task in made for scan in task.scans],
         there=[scan.id for task in tasks if task not in todo for scan in task.scans],
@@ -197,8 +199,7 @@ def _is_there(task: _Task) -> bool:
 def _stamp(task: _Task) -> dict[str, Any]:
     """Return what the files of a subject depend on."""
     config = task.config.as_dict()
-    for name in ("least_overlap", "least_agreement", "least_snr", "inpainter"):
-        del config[name]
+    del config["inpainter"]
     fills = task.config.recipe == "kamraoui" and task.config.healthy
     return {
         "scans": {scan.id: {role: sha256_of(path) for role, path in scan.files.items()} for scan in task.scans},
@@ -216,31 +217,35 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _flags(task: _Task, scan: Scan) -> list[str]:
-    record = read_record(task.flair(scan))
-    return record["flags"] if record else []
-
-
-def _write_tables(out: Path, tasks: Sequence[_Task], failures: dict[str, str]) -> None:
+def _write_tables(out: Path, tasks: Sequence[_Task], failures: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Write what lies in the folder, by this call or another one, and what failed; return the records by scan."""
+    records = {}
+    for path in sorted(out.glob("sub-*_FLAIR.nii.gz")):
+        if record := read_record(path):
+            records[record["scan"]] = record
+    failed = {scan.id: scan for task in tasks if task.subject in failures for scan in task.scans}
     rows: list[dict[str, Any]] = []
     pairs: list[dict[str, Any]] = []
-    for task in tasks:
-        for scan in task.scans:
-            row: dict[str, Any] = {"subject": scan.subject, "session": scan.session}
-            record = None if task.subject in failures else read_record(task.flair(scan))
-            if record is None:
-                rows.append({**row, "status": "failed", "problem": failures.get(task.subject, "")})
-                continue
-            status = "flagged" if record["flags"] else "ok"
-            rows.append({**row, "status": status, "problem": "; ".join(record["flags"]), **record["figures"]})
-        for one, other in pairwise(task.scans):
-            if other.new_lesions is not None and task.subject not in failures:
-                mask = file_name(other.id, "desc-newlesions_mask.nii.gz", space=task.space)
-                subject, names = task.subject, (task.flair(one).name, task.flair(other).name)
-                pairs.append({"subject": subject, "baseline": names[0], "followup": names[1], "mask": mask})
+    for name in sorted({*records, *failed}):
+        subject, _, session = name.partition("_ses-")
+        row: dict[str, Any] = {"subject": subject, "session": session}
+        if name in failed:
+            rows.append({**row, "status": "failed", "problem": failures[subject]})
+            continue
+        record = records[name]
+        flags = "; ".join(record["flags"])
+        rows.append({**row, "status": "flagged" if flags else "ok", "problem": flags, **record["figures"]})
+        visits = record["visits"]
+        new = [file for file in record["files"] if file.endswith("_desc-newlesions_mask.nii.gz")]
+        if new and visits.index(name):
+            space = new[0].split("_space-")[1].split("_")[0]
+            before = visits[visits.index(name) - 1]
+            images = [file_name(visit, "FLAIR.nii.gz", space=space) for visit in (before, name)]
+            pairs.append({"subject": subject, "baseline": images[0], "followup": images[1], "mask": new[0]})
     _write_csv(out / "prepared.csv", rows)
     if pairs:
         _write_csv(out / "pairs.csv", pairs)
+    return records
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -281,6 +286,8 @@ def _prepare(task: _Task) -> _Task:
         for record in records:
             mine = [n for n in names if Path(n).name.startswith(f"sub-{record.scan}_")]
             plain = {
+                "scan": record.scan,
+                "visits": [scan.id for scan in task.scans],
                 "SkullStripped": task.config.recipe == "kamraoui",
                 "native": record.native,
                 "figures": record.figures,

