@@ -20,7 +20,7 @@ class PreparationConfig(Options):
         denoise: Whether to denoise the scan.
         denoise_again: Whether to denoise once more on the grid of MNI152.
         correct_bias: Whether to remove the bias field.
-        visits: Motion between a patient's visits: "rigid", or "affine" where the scanner changed and its scales with it.
+        visits: Motion between a patient's visits: "rigid", or "affine" where the scanners differ.
         brain: How HD-BET looks for the brain: "fast", or "accurate" (five networks, mirrored: forty times as long).
         healthy: Whether to fill the lesions, for `generate`.
         inpainter: Weights; default: the shipped ones.
