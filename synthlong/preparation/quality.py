@@ -30,7 +30,7 @@ class Figures:
         overlap: Dice of the prepared brain and that of MNI152.
         template: Correlation with the MNI template of the contrast, within both brains.
         agreement: Correlation of the visit with the first one within both brains; None for a single visit.
-        lesions: Lesions of the mask (26-connected).
+        lesions: Lesions of the mask (26-connected); None where there is no mask, as are the next two.
         lesions_ml: Their volume in the scan.
         lesions_prepared: Lesions of the prepared mask.
     """
@@ -40,9 +40,9 @@ class Figures:
     overlap: float
     template: float
     agreement: float | None
-    lesions: int
-    lesions_ml: float
-    lesions_prepared: int
+    lesions: int | None
+    lesions_ml: float | None
+    lesions_prepared: int | None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures as plain JSON, rounded."""
@@ -68,7 +68,7 @@ def figures_of(
     scan: NDArray,
     brain: NDArray[np.bool_],
     voxel_mm3: float,
-    lesions: NDArray,
+    lesions: NDArray | None,
     *,
     prepared: NDArray,
     prepared_brain: NDArray[np.bool_],
@@ -78,15 +78,16 @@ def figures_of(
     """Return the figures of one visit, from its scan and from what was made of it in MNI152."""
     usual = mni_brain()
     full = np.ones((3, 3, 3))
+    drawn = lesions is not None
     return Figures(
         brain_ml=float(brain.sum() * voxel_mm3 / 1000),
         snr=snr_of(scan, brain),
         overlap=float(2 * (prepared_brain & usual).sum() / (prepared_brain.sum() + usual.sum())),
         template=correlation(prepared, mni_scan("FLAIR"), prepared_brain & usual),
         agreement=agreement,
-        lesions=ndimage.label(lesions, full)[1],
-        lesions_ml=float((lesions != 0).sum() * voxel_mm3 / 1000),
-        lesions_prepared=ndimage.label(prepared_lesions, full)[1],
+        lesions=ndimage.label(lesions, full)[1] if drawn else None,
+        lesions_ml=float(np.count_nonzero(lesions) * voxel_mm3 / 1000) if drawn else None,
+        lesions_prepared=ndimage.label(prepared_lesions, full)[1] if drawn else None,
     )
 
 

@@ -130,7 +130,7 @@ def prepare_subject(
             visit.flair.data,
             visit.brain,
             visit.grid.voxel_mm3,
-            visit.lesions,
+            visit.lesions if visit.scan.mask is not None else None,
             prepared=case.flair,
             prepared_brain=case.brain > 0,
             prepared_lesions=case.lesions,
