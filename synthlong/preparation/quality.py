@@ -12,9 +12,9 @@ from scipy import ndimage
 from synthlong.pictures import Picture, gray_pixels, upright
 from synthlong.preparation.registration import mni_brain, mni_scan
 
-__all__ = ["Figures", "agreement", "correlation", "figures_of", "flags_of", "picture_of", "snr_of"]
+__all__ = ["BRAIN_ML", "Figures", "agreement", "correlation", "figures_of", "flags_of", "picture_of", "snr_of"]
 
-_BRAIN_ML = (700, 2200)
+BRAIN_ML = (700, 2200)
 _LEAST_OVERLAP, _LEAST_AGREEMENT, _LEAST_SNR = 0.9, 0.8, 5.0
 _LESION, _BRAIN = (255, 79, 79), (74, 163, 255)
 _ZOOM = 2
@@ -51,7 +51,7 @@ class Figures:
 
 def flags_of(figures: Figures) -> list[str]:
     """Return what is wrong with a prepared scan, in a few words each."""
-    low, high = _BRAIN_ML
+    low, high = BRAIN_ML
     flags = []
     if not low <= figures.brain_ml <= high:
         flags.append(f"brain of {figures.brain_ml:.0f} ml")
@@ -78,16 +78,15 @@ def figures_of(
     """Return the figures of one visit, from its scan and from what was made of it in MNI152."""
     usual = mni_brain()
     full = np.ones((3, 3, 3))
-    drawn = lesions is not None
     return Figures(
         brain_ml=float(brain.sum() * voxel_mm3 / 1000),
         snr=snr_of(scan, brain),
         overlap=float(2 * (prepared_brain & usual).sum() / (prepared_brain.sum() + usual.sum())),
         template=correlation(prepared, mni_scan("FLAIR"), prepared_brain & usual),
         agreement=agreement,
-        lesions=ndimage.label(lesions, full)[1] if drawn else None,
-        lesions_ml=float(np.count_nonzero(lesions) * voxel_mm3 / 1000) if drawn else None,
-        lesions_prepared=ndimage.label(prepared_lesions, full)[1] if drawn else None,
+        lesions=None if lesions is None else ndimage.label(lesions, full)[1],
+        lesions_ml=None if lesions is None else float(np.count_nonzero(lesions) * voxel_mm3 / 1000),
+        lesions_prepared=None if lesions is None else ndimage.label(prepared_lesions, full)[1],
     )
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synthlong.case import check_binary, check_mask, clip_to_brain, read_beside
-from synthlong.errors import InputError, InputWarning
+from synthlong.errors import InputError, InputWarning, short
 from synthlong.healthy import write_healthy
 from synthlong.inpainting import Inpainter
 from synthlong.manifest import CaseFiles
@@ -26,7 +26,7 @@ from synthlong.nifti import Volume, read_nifti, write_nifti
 from synthlong.pictures import png_bytes
 from synthlong.preparation.config import PreparationConfig
 from synthlong.preparation.derivatives import figure_name, file_name, way_name
-from synthlong.preparation.quality import agreement, figures_of, flags_of, picture_of
+from synthlong.preparation.quality import BRAIN_ML, agreement, figures_of, flags_of, picture_of
 from synthlong.preparation.registration import MNI, Image, align_visits, mni_at, register, upright
 from synthlong.preparation.scans import Scan
 from synthlong.preparation.tools import brain_mask, correct_bias, denoise
@@ -36,6 +36,7 @@ from synthlong.resampling import Grid, carry_mask, resample
 __all__ = ["Record", "prepare_subject"]
 
 _MOTION: dict[str, Literal["Rigid", "Affine"]] = {"rigid": "Rigid", "affine": "Affine"}
+_MOST_CUT = 0.05  # of a face of the grid: a brain stem may be cut there, a neck is wider
 _VISIT_MM, _TEMPLATE_MM = 1.5, 2.0  # grids of registration
 
 
@@ -154,8 +155,7 @@ def _read_visit(scan: Scan, config: PreparationConfig, prefer: str | None) -> _V
     if own is not None:
         check_binary(own)
     t1 = None if scan.t1 is None else read_nifti(scan.t1, prefer=prefer)
-    device = config.device
-    brain = own.data != 0 if own is not None else brain_mask(flair.data, grid, mode=config.brain, device=device)
+    brain = own.data != 0 if own is not None else _brain(flair, config)
     if not brain.any():
         raise InputError(scan.flair, "no brain was found in it", "bring your own mask in column 'brain'")
     lesions = np.zeros(brain.shape, bool) if mask is None else clip_to_brain(mask, brain)
@@ -164,11 +164,23 @@ def _read_visit(scan: Scan, config: PreparationConfig, prefer: str | None) -> _V
     if t1 is None:
         return visit
     t1_grid = _grid_of(t1)
-    t1_brain = brain_mask(t1.data, t1_grid, mode=config.brain, device=device)
+    t1_brain = _brain(t1, config)
     t1_clean = _cleaned(t1.data, t1_brain, t1_grid, config)
     stripped = Image(np.where(t1_brain, t1_clean, 0), t1_grid)
     to_t1 = register(visit.stripped(), upright(stripped, spacing_mm=_VISIT_MM), motion="Rigid")
     return _Visit(scan, flair, grid, brain, clean, lesions, Image(t1_clean, t1_grid), to_t1)
+
+
+def _brain(scan: Volume, config: PreparationConfig) -> NDArray[np.bool_]:
+    """Return the brain of a scan: all that is not 0 if it was skull-stripped, else by HD-BET."""
+    grid, inside = _grid_of(scan), scan.data != 0
+    faces = [np.take(inside, end, axis=axis).mean() for axis in range(3) for end in (0, -1)]
+    low, high = BRAIN_ML
+    if low <= inside.sum() * grid.voxel_mm3 / 1000 <= high and max(faces) < _MOST_CUT:
+        text = f"{short(scan.path)}: is 0 around a brain, so taken as skull-stripped"
+        warnings.warn(text, InputWarning, stacklevel=2)
+        return inside
+    return brain_mask(scan.data, grid, mode=config.brain, device=config.device)
 
 
 def _grid_of(volume: Volume) -> Grid:
