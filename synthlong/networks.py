@@ -6,7 +6,7 @@ the encoder's features are concatenated on the way (Schmidt-Mengin et al. 2022, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -20,7 +20,17 @@ from torch.nn import functional as F
 
 from synthlong.errors import ConfigError
 
-__all__ = ["ConvBlock", "UNet", "UNetConfig", "check_device", "default_precision", "infer", "one_thread"]
+__all__ = [
+    "ConvBlock",
+    "Decoder",
+    "Encoder",
+    "UNet",
+    "UNetConfig",
+    "check_device",
+    "default_precision",
+    "infer",
+    "one_thread",
+]
 
 
 @dataclass(frozen=True)
@@ -65,31 +75,51 @@ class ConvBlock(nn.Sequential):
         super().__init__(*layers)
 
 
+class Encoder(nn.ModuleList):
+    """The way down: a block a level, max pooling between them."""
+
+    def __init__(self, in_channels: int, widths: Sequence[int]) -> None:
+        super().__init__(ConvBlock(a, b) for a, b in pairwise((in_channels, *widths)))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Map `(N, in_channels, I, J, K)` to the features of each level, finest first."""
+        features: list[Tensor] = []
+        for block in self:
+            x = block(F.max_pool3d(x, 2) if features else x)
+            features.append(x)
+        return features
+
+
+class Decoder(nn.ModuleList):
+    """The way up: trilinear interpolation, the encoder's features beside it, a block."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__(ConvBlock(a + b, a) for a, b in pairwise(widths))
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Map the features of each level, finest first, to `(N, widths[0], I, J, K)`."""
+        *skips, x = features
+        for block, skip in zip(reversed(self), reversed(skips), strict=True):
+            x = F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=False)
+            x = block(torch.cat([skip, x], dim=1))
+        return x
+
+
 class UNet(nn.Module):
     """A 3-D U-Net; the last convolution starts at zero, so that a residual network starts as the identity."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
-        widths = config.widths
-        ins = (config.in_channels, *widths[:-1])
-        self.down = nn.ModuleList(ConvBlock(a, b) for a, b in zip(ins, widths, strict=True))
-        self.up = nn.ModuleList(ConvBlock(a + b, a) for a, b in pairwise(widths))
-        self.head = nn.Conv3d(widths[0], config.out_channels, 1)
+        self.down = Encoder(config.in_channels, config.widths)
+        self.up = Decoder(config.widths)
+        self.head = nn.Conv3d(config.widths[0], config.out_channels, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(N, in_channels, I, J, K)` to `(N, out_channels, I, J, K)`; sides: see `config.multiple`."""
-        skips: list[Tensor] = []
-        for level, block in enumerate(self.down):
-            x = block(x if level == 0 else F.max_pool3d(x, 2))
-            skips.append(x)
-        x = skips.pop()
-        for block in reversed(self.up):
-            x = F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=False)
-            x = block(torch.cat([skips.pop(), x], dim=1))
-        return self.head(x)
+        return self.head(self.up(self.down(x)))
 
 
 def check_device(device: str) -> None:

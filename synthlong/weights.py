@@ -19,14 +19,25 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from synthlong.detection.networks import ConcatUNet, SegmentationUNet, SiameseUNet
 from synthlong.errors import InputError
 from synthlong.networks import UNet, UNetConfig, infer
 
 __all__ = ["TrainedNetwork", "read_weights", "write_weights"]
 
 _KEY = "synthlong"
-_FORMATS = {"inpainter": "synthlong-weights/1", "generator": "synthlong-weights/2"}
+_DETECTORS = (SegmentationUNet, SiameseUNet, ConcatUNet)
+_NETWORKS: dict[str, type[UNet]] = {"inpainter": UNet, "generator": UNet, **{c.task: c for c in _DETECTORS}}
+_FORMATS = dict.fromkeys(_NETWORKS, "synthlong-weights/1") | {"generator": "synthlong-weights/2"}
 """What is read and written; the generator's second one corrects a guess along a smoothed outline (`profile`)."""
+
+_FITTED_BY = {
+    "inpainter": "fit inpainter",
+    "generator": "fit generator",
+    "segmentation": "train segment",
+    "siamese": "train pretrain",
+    "concat": "train ohem",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +79,7 @@ def write_weights(path: Path, network: UNet, *, task: str, card: dict[str, Any])
     Args:
         path: `.safetensors` file; the card is written beside it as `.json`.
         network: The trained network.
-        task: "inpainter" or "generator".
+        task: "inpainter" or "generator", or of a detector the class's `task`.
         card: Plain JSON: data, licence, command, curve, errors.
     """
     from synthlong.dataset.shards import publish
@@ -84,12 +95,12 @@ def write_weights(path: Path, network: UNet, *, task: str, card: dict[str, Any])
     return sha256
 
 
-def read_weights(path: Path, *, task: str) -> tuple[UNet, str]:
+def read_weights(path: Path, *, task: str | tuple[str, ...]) -> tuple[UNet, str]:
     """Read a network; strict about keys, shapes, dtype, finite values and, beside a card, its SHA-256.
 
     Args:
         path: `.safetensors` file.
-        task: What the weights must be for.
+        task: What the weights must be for; several: one of these.
 
     Returns:
         The network in evaluation mode, and the SHA-256 of its file.
@@ -97,7 +108,10 @@ def read_weights(path: Path, *, task: str) -> tuple[UNet, str]:
     Raises:
         InputError: Missing, damaged, of another task, or not what its card describes.
     """
-    way = f"train them with `synthlong fit {task}`, or leave the option out for the shipped ones"
+    tasks = (task,) if isinstance(task, str) else task
+    way = f"train them with `synthlong {_FITTED_BY[tasks[0]]}`"
+    if tasks[0] in ("inpainter", "generator"):
+        way += ", or leave the option out for the shipped ones"
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -111,14 +125,14 @@ def read_weights(path: Path, *, task: str) -> tuple[UNet, str]:
         made = str(about["format"])
         if not made.startswith("synthlong-weights/"):
             raise ValueError(f"format {made}")
+        with torch.random.fork_rng(devices=()):  # its first weights are drawn, only to be replaced
+            network = _NETWORKS[found](config)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(path, f"not synthlong weights ({type(error).__name__})", way) from error
-    if found != task:
-        raise InputError(path, f"weights of the {found}, not of the {task}", way)
-    if made != _FORMATS[task]:
-        raise InputError(path, f"weights of format {made!a}, this version reads {_FORMATS[task]}", way)
-    with torch.random.fork_rng(devices=()):  # its first weights are drawn, only to be replaced
-        network = UNet(config)
+    if found not in tasks:
+        raise InputError(path, f"weights of the {found}, not of the {' or '.join(tasks)}", way)
+    if made != _FORMATS[found]:
+        raise InputError(path, f"weights of format {made!a}, this version reads {_FORMATS[found]}", way)
     wanted = network.state_dict()
     if wanted.keys() != tensors.keys():
         odd = sorted(wanted.keys() ^ tensors.keys())

@@ -1,4 +1,7 @@
-"""New lesions found in two visits, and scored; names resolve on first use, as those of `synthlong`."""
+"""Finding new lesions between two visits: networks, inference, scores.
+
+Names resolve on first use (PEP 562), so that the scores cost no torch import.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,10 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "ConcatUNet": "networks",
+    "SegmentationUNet": "networks",
+    "SiameseUNet": "networks",
+    "detect": "inference",
     "lesion_scores": "scores",
 }
 

@@ -1,0 +1,283 @@
+"""Where new lesions are: networks slide over both visits, their probabilities are averaged.
+
+    two Cases -> detect -> Detection
+
+Windows lie on a regular lattice, the last of an axis moved inside; overlaps are averaged evenly and the mask is where
+the mean exceeds 0.5 (Schmidt-Mengin et al. 2022, section 2.2). Ensembles are averaged, too (Kamraoui et al. 2022,
+section 2.6). No rule on intensities comes after the networks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from synthlong.case import Case
+from synthlong.detection.networks import ConcatUNet, LongitudinalUNet, SiameseUNet
+from synthlong.errors import ConfigError, InputError
+from synthlong.networks import check_device, default_precision, one_thread
+from synthlong.weights import read_weights
+
+__all__ = ["DetectedLesion", "Detection", "detect", "probability_map", "read_detectors"]
+
+_CPU_BATCH, _GPU_BATCH = 2 * 32**3, 64 * 32**3
+"""Voxels of a batch; on a CPU its features then stay in the cache."""
+
+_Window = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class DetectedLesion:
+    """One new lesion: 6-connected, as the scores of MSSEG-2 count lesions.
+
+    Args:
+        volume_mm3: Its volume.
+        voxels: The same in voxels.
+        centre_mm: Its centre of mass in MNI space (RAS).
+        probability: Mean over its voxels.
+        highest_probability: The highest of them.
+    """
+
+    volume_mm3: float
+    voxels: int
+    centre_mm: tuple[float, float, float]
+    probability: float
+    highest_probability: float
+
+
+@dataclass(frozen=True, eq=False)
+class Detection:
+    """New lesions of a follow-up, on its grid.
+
+    Args:
+        mask: uint8 `(I, J, K)`, 1 in a new lesion.
+        probability: float32 `(I, J, K)`, 0 outside the brain.
+        lesions: What the mask holds, largest first.
+    """
+
+    mask: NDArray[np.uint8]
+    probability: NDArray[np.float32]
+    lesions: tuple[DetectedLesion, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the lesions as plain JSON."""
+        volume = sum(lesion.volume_mm3 for lesion in self.lesions)
+        return {
+            "new_lesions": len(self.lesions),
+            "volume_mm3": round(volume, 3),
+            "lesions": [asdict(lesion) for lesion in self.lesions],
+        }
+
+
+def detect(
+    baseline: Case,
+    followup: Case,
+    networks: Sequence[LongitudinalUNet],
+    *,
+    threshold: float = 0.5,
+    min_volume_mm3: float = 3.0,
+    precision: str = "auto",
+    device: str = "cpu",
+) -> Detection:
+    """Find the lesions of the follow-up that the baseline does not have.
+
+    Only what is brain in both visits is looked at: where one was cut away there is nothing to compare with, and tissue
+    beside nothing looks new. The windows begin at that brain's bounding box, so that the background around it, which
+    would take two thirds of the largest ones, changes nothing.
+
+    Args:
+        baseline: First visit.
+        followup: Second visit, on the same grid.
+        networks: One network, or an ensemble of one kind; see `read_detectors`.
+        threshold: A voxel belongs to a new lesion where the probability is higher.
+        min_volume_mm3: Lesions of this volume or less are dropped; 0 keeps all.
+        precision: See `probability_map`.
+        device: Torch device.
+
+    Raises:
+        InputError: The visits lie on different grids.
+        ConfigError: An option outside its range.
+    """
+    if baseline.shape != followup.shape or not np.allclose(baseline.affine, followup.affine, atol=1e-3):
+        raise InputError(followup.id, "its grid is not that of the baseline", "resample one onto the other's grid")
+    if not 0 <= threshold < 1 or min_volume_mm3 < 0:
+        problem = "must be from 0 to below 1, and 0 or more"
+        raise ConfigError(f"threshold = {threshold}, min_volume_mm3 = {min_volume_mm3}: {problem}")
+    brain = baseline.brain & followup.brain
+    if not brain.any():
+        raise InputError(followup.id, "its brain does not meet that of the baseline", "register one to the other")
+    box = ndimage.find_objects(brain)[0]
+    normalised = _check_alike(networks).normalised
+    before, after = (normalised(visit.flair)[box] for visit in (baseline, followup))
+    probability = np.zeros(brain.shape, np.float32)
+    probability[box] = probability_map(
+        networks, before, after, brain[box], threshold=threshold, precision=precision, device=device
+    )
+    return _detection(probability, followup.affine, threshold=threshold, min_volume_mm3=min_volume_mm3)
+
+
+def read_detectors(paths: Sequence[Path]) -> tuple[LongitudinalUNet, ...]:
+    """Read the weights of one network, or of an ensemble of one kind.
+
+    Raises:
+        InputError: See `read_weights`; or the networks are of different kinds.
+    """
+    networks: list[LongitudinalUNet] = []
+    for path in paths:
+        network, _ = read_weights(path, task=(SiameseUNet.task, ConcatUNet.task))
+        assert isinstance(network, LongitudinalUNet)
+        if networks and type(network) is not type(networks[0]):
+            problem = f"weights of the {network.task}, beside those of the {networks[0].task}"
+            raise InputError(path, problem, "pass weights of one kind")
+        networks.append(network)
+    return tuple(networks)
+
+
+def probability_map(
+    networks: Sequence[LongitudinalUNet],
+    baseline: NDArray[np.float32],
+    followup: NDArray[np.float32],
+    brain: NDArray,
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    threshold: float = 0.5,
+    precision: str = "auto",
+    device: str = "cpu",
+) -> NDArray[np.float32]:
+    """Return the probability of a new lesion, `(I, J, K)`, 0 outside the brain.
+
+    It is that of MONAI's `sliding_window_inference(mode="constant", overlap=1 - stride / window)` on the whole grid;
+    windows without brain are left out. On a CPU each torch thread works on windows of its own, always as many at a
+    time, so that the number of threads changes no bit, and a window's result does not depend on the others.
+
+    Args:
+        networks: One network, or an ensemble of one kind.
+        baseline: `(I, J, K)`, in the intensities of `networks[0].normalised`.
+        followup: The same for the second visit.
+        brain: Non-zero in the brain.
+        window: Side in voxels, a multiple of the networks' `config.multiple`; default: what they were made for.
+        stride: Voxels from a window to the next, at most `window`; default: what they were made for.
+        threshold: Where the map will be cut; matters to precision "auto" only.
+        precision: "float32"; "bf16"; or "auto": where device and network do well with bf16, it finds the voxels that
+            are clearly below the threshold; all others get float32's values, so that the mask is that of float32.
+        device: Torch device.
+
+    Raises:
+        ConfigError: An option outside its range, or networks of different kinds.
+    """
+    first = _check_alike(networks)
+    window, stride = window or first.window, stride or first.stride
+    multiple = max(network.config.multiple for network in networks)
+    if window < 1 or window % multiple or not 1 <= stride <= window:
+        raise ConfigError(
+            f"window = {window}, stride = {stride}: must be a multiple of {multiple}, and from 1 to window"
+        )
+    if precision not in ("auto", "bf16", "float32"):
+        raise ConfigError(f"precision = {precision!a}: must be auto, bf16 or float32")
+    check_device(device)
+    short = [max(window - n, 0) for n in brain.shape]
+    beyond = [(s // 2, s - s // 2) for s in short]
+    visits = [np.pad(v, beyond, constant_values=v.min()).astype(np.float32, copy=False) for v in (baseline, followup)]
+    inside = np.pad(brain != 0, beyond)
+    slider = _Slider(networks, visits, window=window, device=device)
+    windows = [w for w in _lattice(inside.shape, window, stride) if inside[w].any()]
+    error = first.bf16_error if default_precision(device) == "bf16" else None
+    if precision != "auto" or error is None:
+        mean = slider.mean(windows, "bf16" if precision == "bf16" else "float32")
+    else:
+        mean = slider.mean(windows, "bf16")
+        suspect = inside & (mean > threshold - error)
+        again = slider.mean([w for w in windows if suspect[w].any()], "float32")
+        mean = np.where(suspect, again, mean)
+    mean[~inside] = 0
+    return mean[tuple(slice(a, a + n) for (a, _), n in zip(beyond, brain.shape, strict=True))]
+
+
+class _Slider:
+    """Networks, ready to slide over two visits."""
+
+    def __init__(
+        self, networks: Sequence[LongitudinalUNet], visits: list[NDArray[np.float32]], *, window: int, device: str
+    ) -> None:
+        self.networks = [copy.deepcopy(network).to(device).eval() for network in networks]
+        self.visits = torch.from_numpy(np.stack(visits)).to(device)
+        self.device = torch.device(device)
+        self.batch_size = (_CPU_BATCH if self.device.type == "cpu" else _GPU_BATCH) // window**3
+
+    def mean(self, windows: list[_Window], precision: str) -> NDArray[np.float32]:
+        """Return the mean probability over the windows that hold a voxel, 0 where none does.
+
+        The layout of the weights becomes that of all features. channels_last is the faster one, but there torch's
+        GroupNorm is up to 7e-4 off in float32, enough to change a mask.
+        """
+        layout = torch.channels_last_3d if precision == "bf16" else torch.contiguous_format
+        for network in self.networks:
+            network.to(memory_format=layout)  # type: ignore[call-overload]
+        total = np.zeros(self.visits.shape[1:], np.float32)
+        count = np.zeros(self.visits.shape[1:], np.float32)
+        size = max(self.batch_size, 1 if precision == "bf16" else 2)  # one in float32 takes another, slower kernel
+        batches = [windows[i : i + size] for i in range(0, len(windows), size)]
+        workers = torch.get_num_threads() if self.device.type == "cpu" else 1
+        with one_thread(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            results = pool.map(lambda batch: self._probability(batch, size, precision), batches)
+            for batch, of_batch in zip(batches, results, strict=True):
+                for window, probability in zip(batch, of_batch, strict=False):
+                    total[window] += probability
+                    count[window] += 1
+        return total / np.maximum(count, 1)
+
+    def _probability(self, windows: list[_Window], size: int, precision: str) -> NDArray[np.float32]:
+        """Return the networks' mean probability in windows; the last is repeated until they are `size`."""
+        windows = windows + windows[-1:] * (size - len(windows))
+        x = torch.stack([self.visits[:, i, j, k] for i, j, k in windows])[:, :, None]
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            probabilities = [network(x[:, 0], x[:, 1]).float().sigmoid() for network in self.networks]
+            return torch.stack(probabilities).mean(dim=0)[:, 0].cpu().numpy()
+
+
+def _lattice(shape: tuple[int, ...], window: int, stride: int) -> Iterator[_Window]:
+    """Yield windows that cover a grid: `stride` apart, the last of each axis moved inside."""
+    starts = [[*range(0, n - window, stride), n - window] for n in shape]
+    for corner in product(*starts):
+        yield tuple(slice(start, start + window) for start in corner)
+
+
+def _check_alike(networks: Sequence[LongitudinalUNet]) -> type[LongitudinalUNet]:
+    kinds = {type(network) for network in networks}
+    if len(kinds) != 1:
+        raise ConfigError(f"networks = {sorted(kind.__name__ for kind in kinds)}: pass one or several of one kind")
+    return kinds.pop()
+
+
+def _detection(
+    probability: NDArray[np.float32], affine: NDArray[np.float64], *, threshold: float, min_volume_mm3: float
+) -> Detection:
+    """List the 6-connected lesions above a threshold, leaving out small ones."""
+    labels, _ = ndimage.label(probability > threshold)
+    voxel_mm3 = float(abs(np.linalg.det(affine[:3, :3])))
+    mask = np.zeros(probability.shape, np.uint8)
+    lesions = []
+    for number, box in enumerate(ndimage.find_objects(labels), start=1):
+        own = labels[box] == number
+        voxels = int(own.sum())
+        if voxels * voxel_mm3 <= min_volume_mm3:
+            continue
+        mask[box][own] = 1
+        inside = probability[box][own]
+        where = np.argwhere(own).mean(axis=0) + [s.start for s in box]
+        x, y, z = (affine[:3, :3] @ where + affine[:3, 3]).round(2).tolist()
+        highest = round(float(inside.max()), 4)
+        mean = round(float(inside.mean(dtype=np.float64)), 4)
+        lesions.append(DetectedLesion(round(voxels * voxel_mm3, 3), voxels, (x, y, z), mean, highest))
+    return Detection(mask, probability, tuple(sorted(lesions, key=lambda lesion: -lesion.volume_mm3)))
