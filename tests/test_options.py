@@ -52,7 +52,7 @@ def test_each_type_is_tried():
 
 
 def test_a_number_too_large_for_a_float_is_refused():
-    with pytest.raises(ConfigError, match="degrees = 1000.*: must be a number"):
+    with pytest.raises(ConfigError, match=r"degrees = 1000.*: must be a number"):
         Bake(degrees=10**400)
 
 
