@@ -228,6 +228,7 @@ def test_one_visit_is_its_own_middle():
     assert only == pytest.approx(np.eye(4))
 
 
+@settings(max_examples=15, deadline=None)
 @given(angles, coordinates)
 def test_two_visits_are_equally_far_from_their_middle(angles_deg, shift):
     there = way(angles_deg, shift)
@@ -239,6 +240,7 @@ def test_two_visits_are_equally_far_from_their_middle(angles_deg, shift):
     assert np.linalg.det(second[:3, :3]) == pytest.approx(1)
 
 
+@settings(max_examples=15, deadline=None)
 @given(angles, coordinates)
 def test_the_first_visit_is_not_favoured(angles_deg, shift):
     there = way(angles_deg, shift)
@@ -248,6 +250,7 @@ def test_the_first_visit_is_not_favoured(angles_deg, shift):
     assert other == pytest.approx(first, abs=1e-6)
 
 
+@settings(max_examples=15, deadline=None)
 @given(coordinates, coordinates, angles)
 def test_three_visits(one, other, angles_deg):
     ways = middle_of([np.eye(4), way((0, 0, 0), one), way((0, 0, 0), other)])
