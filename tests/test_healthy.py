@@ -17,7 +17,7 @@ from synthlong.errors import InputWarning
 from synthlong.healthy import stored_healthy, write_healthy
 from synthlong.inpainting import Inpainter, heal
 from synthlong.manifest import find_cases
-from synthlong.networks import UNet, UNetConfig, one_thread
+from synthlong.networks import UNet, UNetConfig, default_precision, one_thread
 from synthlong.synthesis import SynthesisConfig
 
 STEM = "sub-a_space-MNI152"
@@ -175,7 +175,7 @@ OPTIONS = {
     "seed": 3,
     "shard_size": 2,
     "workers": 1,
-    "config": SynthesisConfig(box=32, new_mean=4.0, precision="float32", real_share=0.5),
+    "config": SynthesisConfig(box=32, painter="ellipsoid", artifacts="none", precision=default_precision("cpu")),
 }
 
 
@@ -201,7 +201,7 @@ def one_case(manifest, tmp_path):
 def test_a_run_makes_the_same_shards_with_and_without(one_case):
     without, said = shards(one_case, "without")
     assert said == []
-    network = Inpainter.read(precision="float32")
+    network = Inpainter.read(precision=default_precision("cpu"))
     write_healthy(one_case / f"{STEM}_desc-healthy_FLAIR.nii.gz", read(one_case), network)
     stored, said = shards(one_case, "stored")
     assert said == []
@@ -211,7 +211,7 @@ def test_a_run_makes_the_same_shards_with_and_without(one_case):
 @pytest.mark.filterwarnings("ignore::synthlong.errors.InputWarning")
 def test_a_run_takes_the_stored_volume(folder):
     """Another volume, with a record that vouches for it, is what the run works with."""
-    network = Inpainter.read(precision="float32")
+    network = Inpainter.read(precision=default_precision("cpu"))
     path = folder / f"{STEM}_desc-healthy_FLAIR.nii.gz"
     write_healthy(path, read(folder), network)
     rewrite(path, lambda data: np.multiply(data, 1.25, out=data))

@@ -206,7 +206,7 @@ def test_the_picture_without_lesions_is_one_row(template):
 
 
 def test_the_lower_row_shows_the_largest_lesion_where_it_is(template):
-    usual, image = template
+    _, image = template
     lesions = np.zeros(MNI_SHAPE, np.uint8)
     lesions[60, 120, 80] = 1
     lesions[110:115, 95:99, 101:107] = 1
@@ -222,7 +222,7 @@ def test_the_lower_row_shows_the_largest_lesion_where_it_is(template):
 
 
 def test_gray_levels_are_the_images(template):
-    usual, image = template
+    _, image = template
     image = image.copy()
     image[:, :, 60:120] = np.linspace(0, 2.5, 218, dtype=np.float32)[:, None]
     lesions = np.zeros(MNI_SHAPE, np.uint8)
