@@ -55,7 +55,7 @@ def stored_healthy(case: Case, inpainter: Inpainter) -> NDArray[np.float32] | No
         volume = read_nifti(path)
         if volume.sha256 != record["sha256"] or volume.data.shape != case.shape:
             other.append("sha256")
-    except (OSError, ValueError, KeyError, TypeError, InputError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, InputError):
         other = ["no readable record"]
     if other:
         text = f"{short(path)}: made of something else ({', '.join(other)}); filled again"

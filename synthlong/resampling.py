@@ -15,6 +15,7 @@ from scipy import ndimage
 __all__ = ["Grid", "Native", "carry_mask", "resample"]
 
 _FWHM_PER_SD = 2.355
+_NUDGE = (1e-3, 1.3e-3, 1.7e-3)  # voxels; without it all ties would go to the grid's first voxels
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +130,7 @@ def carry_mask(mask: NDArray, step: NDArray, shape: tuple[int, int, int]) -> NDA
         if (last <= first).any():
             continue
         local = step.copy()
-        local[:3, 3] += step[:3, :3] @ first - low
+        local[:3, 3] += step[:3, :3] @ first - low + _NUDGE
         size = last - first
         filled = resample(lesion, local, (int(size[0]), int(size[1]), int(size[2])), order=1)
         centres = back[:3, :3] @ (np.argwhere(lesion) + low).T + back[:3, 3:]

@@ -58,10 +58,10 @@ def read_record(flair: str | Path) -> dict[str, Any] | None:
     path = flair.with_name(flair.name.split(".nii")[0] + ".json")
     try:
         record = json.loads(path.read_bytes())
-        return record if "synthlong" in record else None
+        return record if isinstance(record, dict) and "synthlong" in record else None
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(path, "is not a readable record", "run `synthlong prepare` again") from error
 
 

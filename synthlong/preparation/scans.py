@@ -16,6 +16,8 @@ from synthlong.preparation.tools import load_bids
 
 __all__ = ["Scan", "find_scans", "visits_of"]
 
+# not those that `prepare` wrote
+_LESION_MASK = re.compile(r"^(?!.*_space-(?:MNI|halfway)).*_(?:desc|label)-lesions?_(?:.*_)?mask\.nii")
 _FILES = ("flair", "mask", "t1", "brain", "tissue", "new_lesions", "new_lesions_xfm")
 
 
@@ -111,7 +113,7 @@ def visits_of(scans: Collection[Scan]) -> list[tuple[str, list[Scan]]]:
 def _with_brain(scan: Scan, pattern: str) -> Scan:
     try:
         path = Path(pattern.format(subject=scan.subject, session=scan.session))
-    except (KeyError, IndexError, ValueError) as error:
+    except (LookupError, ValueError, AttributeError, TypeError) as error:
         raise ConfigError(f"--brain-mask {pattern}: only {{subject}} and {{session}} are filled in") from error
     if not path.exists():
         raise InputError(path, "no such brain mask", "correct --brain-mask, or leave it out for HD-BET")
@@ -119,18 +121,24 @@ def _with_brain(scan: Scan, pattern: str) -> Scan:
 
 
 def _in_bids(folder: Path) -> Iterator[Scan]:
-    layout = load_bids()(folder, derivatives=True, validate=False)
+    bids = load_bids()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Derivative indexing was requested", UserWarning)  # said below, in one line
+        layout = bids(folder, derivatives=True, validate=False)
+    _warn_of_unseen_masks(folder)
 
     def files(scope: str, **entities: Any) -> list[Path]:
         found = layout.get(scope=scope, extension=[".nii", ".nii.gz"], **entities)
         return sorted(Path(f.path) for f in found)
 
     scans = layout.get(scope="raw", suffix="FLAIR", extension=[".nii", ".nii.gz"])
-    places = sorted({(f.entities["subject"], f.entities.get("session")) for f in scans}, key=str)
+    places = sorted(
+        {(f.entities["subject"], f.entities.get("session")) for f in scans if "subject" in f.entities}, key=str
+    )
     for subject, session in places:
         place = {"subject": subject, "session": session}
         where = f"sub-{subject}" + (f"_ses-{session}" if session else "")
-        masks = [p for p in files("derivatives", suffix="mask", **place) if re.search("lesions?_", p.name)]
+        masks = [p for p in files("derivatives", suffix="mask", **place) if _LESION_MASK.search(p.name)]
         yield Scan(
             checked_id(folder, subject),
             _only(folder, where, "FLAIR", files("raw", suffix="FLAIR", **place)),
@@ -138,6 +146,17 @@ def _in_bids(folder: Path) -> Iterator[Scan]:
             mask=_only(folder, where, "lesion mask", masks) if masks else None,
             t1=_first(where, files("raw", suffix="T1w", **place)),
         )
+
+
+def _warn_of_unseen_masks(folder: Path) -> None:
+    """Warn of lesion masks in derivatives that pybids passes over."""
+    place = folder / "derivatives"
+    if not place.is_dir() or (place / "dataset_description.json").exists():
+        return
+    for part in sorted(p for p in place.iterdir() if p.is_dir() and not (p / "dataset_description.json").exists()):
+        if any(_LESION_MASK.search(p.name) for p in part.rglob("*_mask.nii*")):
+            text = f"{short(part)}: its lesion masks are not used, it lacks a dataset_description.json"
+            warnings.warn(text, InputWarning, stacklevel=5)
 
 
 def _only(folder: Path, where: str, what: str, paths: list[Path]) -> Path:

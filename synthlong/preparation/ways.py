@@ -54,12 +54,14 @@ def read_way(path: str | Path) -> NDArray[np.float64]:
         raise InputError(path, f"cannot be read ({error.strerror})", "check the path") from error
     try:
         kind, parameters, centre = _text(data) if data.startswith(b"#Insight") else _matlab(data)
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError, NotImplementedError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(path, "is not an ITK transform", give) from error
     if kind.split("_")[0] not in _LINEAR or parameters.size != 12 or centre.size != 3:
         raise InputError(path, f"holds a {kind[:60]!a}", give)
-    way = way_of(parameters, centre)
-    if not (np.isfinite(way).all() and abs(np.linalg.det(way[:3, :3])) > 1e-6):
+    with np.errstate(all="ignore"):
+        way = way_of(parameters, centre)
+        good = np.isfinite(way).all() and 1e-6 < abs(np.linalg.det(way[:3, :3])) < np.inf
+    if not good:
         raise InputError(path, "its transform cannot be inverted", give)
     return way
 
@@ -73,10 +75,13 @@ def _text(data: bytes) -> tuple[str, NDArray, NDArray]:
 
 
 def _matlab(data: bytes) -> tuple[str, NDArray, NDArray]:
-    held = {k: v for k, v in loadmat(io.BytesIO(data)).items() if not k.startswith("__")}
-    centre = np.ravel(held.pop("fixed"))
+    try:
+        held = {k: v for k, v in loadmat(io.BytesIO(data)).items() if not k.startswith("__")}
+    except Exception as error:  # loadmat's own, IndexError, ...: whatever it stumbles on
+        raise ValueError("not a MATLAB file") from error
+    centre = np.ravel(held.pop("fixed")).astype(float)
     (kind, parameters), *_ = held.items()
-    return kind, np.ravel(parameters), centre
+    return kind, np.ravel(parameters).astype(float), centre
 
 
 def middle_of(ways: list[NDArray]) -> list[NDArray[np.float64]]:
