@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -58,32 +58,47 @@ class Record:
 
 
 @dataclass(frozen=True, eq=False)
-class _Visit:
-    """A scan on its own grid, read and checked.
+class _Head:
+    """A scan on its own grid, cleaned.
 
     Args:
-        scan: Its files.
-        flair: The FLAIR as stored.
-        grid: Where it lies.
-        brain: Its brain.
         clean: Brain and what lies around it, denoised and without bias field.
+        brain: Its brain.
+        grid: Where it lies.
+    """
+
+    clean: NDArray[np.float32]
+    brain: NDArray[np.bool_]
+    grid: Grid
+
+    def stripped(self) -> Image:
+        """Return the brain alone."""
+        return Image(np.where(self.brain, self.clean, 0), self.grid)
+
+
+@dataclass(frozen=True, eq=False)
+class _Visit:
+    """The scans and masks of a visit, read and checked.
+
+    Args:
+        scan: Their files.
+        flair: The FLAIR as stored.
+        head: The FLAIR, cleaned.
         lesions: Lesion voxels.
-        t1: Brain of the T1-weighted scan, if there is one.
-        to_t1: Way from the FLAIR to it.
+        tissue: Labels on the FLAIR's grid, if there are any.
+        new_lesions: New lesions on the grid on which they were drawn, and the way there from the FLAIR.
+        t1: The T1-weighted scan, cleaned, if there is one.
+        to_t1: The way from the FLAIR to it.
     """
 
     scan: Scan
     flair: Volume
-    grid: Grid
-    brain: NDArray[np.bool_]
-    clean: NDArray[np.float32]
+    head: _Head
     lesions: NDArray[np.bool_]
-    t1: Image | None = None
+    tissue: Volume | None
+    new_lesions: tuple[Image, NDArray] | None
+    t1: _Head | None = None
     to_t1: NDArray | None = None
-
-    def stripped(self) -> Image:
-        """Return the brain on an upright grid."""
-        return upright(Image(np.where(self.brain, self.clean, 0), self.grid), spacing_mm=_VISIT_MM)
 
 
 def prepare_subject(
@@ -115,7 +130,7 @@ def prepare_subject(
     for scan in scans:
         visits.append(_read_visit(scan, config, prefer))
         report()
-    from_middle = align_visits([visit.stripped() for visit in visits], motion=_MOTION[config.visits])
+    from_middle = align_visits([_coarse(visit.head) for visit in visits], motion=_MOTION[config.visits])
     contrast, reference = _reference(visits, from_middle)
     to_middle = register(mni_at(contrast, spacing_mm=_TEMPLATE_MM), reference, motion="Affine")
     ways = [way @ to_middle for way in from_middle]
@@ -129,8 +144,8 @@ def prepare_subject(
     for visit, way, case, same in zip(visits, ways, prepared, alike, strict=True):
         figures = figures_of(
             visit.flair.data,
-            visit.brain,
-            visit.grid.voxel_mm3,
+            visit.head.brain,
+            visit.head.grid.voxel_mm3,
             visit.lesions if visit.scan.mask is not None else None,
             prepared=case.flair,
             prepared_brain=case.brain > 0,
@@ -139,36 +154,48 @@ def prepare_subject(
         )
         picture = picture_of(case.flair, case.lesions | case.new_lesions)
         (folder / figure_name(visit.scan.id)).write_bytes(png_bytes(picture))
-        native = _write_way(visit.scan, visit.grid, way, folder, space="MNI152")
+        native = _write_way(visit.scan, visit.head.grid, way, folder, space="MNI152")
         records.append(Record(visit.scan.id, native, figures.as_dict(), flags_of(figures)))
     return records
 
 
 def _read_visit(scan: Scan, config: PreparationConfig, prefer: str | None) -> _Visit:
-    """Read a scan, find its brain and clean it; a mask that does not fit is refused before the hours of work."""
+    """Read a visit, find its brain and clean it; a file that does not fit is refused before that work."""
     flair = read_nifti(scan.flair, prefer=prefer)
-    grid = _grid_of(flair)
-    mask = None if scan.mask is None else read_beside(scan.mask, flair, prefer=prefer)
+    mask, new = _read_mask(scan, flair, prefer), _read_new_lesions(scan, flair)
+    tissue = None if scan.tissue is None else read_beside(scan.tissue, flair, prefer=prefer, allow_empty=False)
     own = None if scan.brain is None else read_beside(scan.brain, flair, prefer=prefer, allow_empty=False)
-    if mask is not None:
-        check_mask(mask, flair)
     if own is not None:
         check_binary(own)
     t1 = None if scan.t1 is None else read_nifti(scan.t1, prefer=prefer)
     brain = own.data != 0 if own is not None else _brain(flair, config)
-    if not brain.any():
-        raise InputError(scan.flair, "no brain was found in it", "bring your own mask in column 'brain'")
     lesions = np.zeros(brain.shape, bool) if mask is None else clip_to_brain(mask, brain)
-    clean = _cleaned(flair.data, brain, grid, config)
-    visit = _Visit(scan, flair, grid, brain, clean, lesions)
+    visit = _Visit(scan, flair, _cleaned(flair, brain, config), lesions, tissue, new)
     if t1 is None:
         return visit
-    t1_grid = _grid_of(t1)
-    t1_brain = _brain(t1, config)
-    t1_clean = _cleaned(t1.data, t1_brain, t1_grid, config)
-    stripped = Image(np.where(t1_brain, t1_clean, 0), t1_grid)
-    to_t1 = register(visit.stripped(), upright(stripped, spacing_mm=_VISIT_MM), motion="Rigid")
-    return _Visit(scan, flair, grid, brain, clean, lesions, Image(t1_clean, t1_grid), to_t1)
+    head = _cleaned(t1, _brain(t1, config), config)
+    return replace(visit, t1=head, to_t1=register(_coarse(visit.head), _coarse(head), motion="Rigid"))
+
+
+def _read_mask(scan: Scan, flair: Volume, prefer: str | None) -> Volume | None:
+    if scan.mask is None:
+        return None
+    mask = read_beside(scan.mask, flair, prefer=prefer)
+    check_mask(mask, flair)
+    return mask
+
+
+def _read_new_lesions(scan: Scan, flair: Volume) -> tuple[Image, NDArray] | None:
+    """Return the new lesions of a follow-up on the grid on which they were drawn, and the way there from the FLAIR."""
+    if scan.new_lesions is None:
+        return None
+    if scan.new_lesions_xfm is None:
+        mask, way = read_beside(scan.new_lesions, flair), np.eye(4)
+    else:
+        mask = read_nifti(scan.new_lesions, allow_empty=True)
+        way = np.linalg.inv(read_way(scan.new_lesions_xfm))
+    check_binary(mask)
+    return Image(mask.data != 0, _grid_of(mask)), way
 
 
 def _brain(scan: Volume, config: PreparationConfig) -> NDArray[np.bool_]:
@@ -180,7 +207,10 @@ def _brain(scan: Volume, config: PreparationConfig) -> NDArray[np.bool_]:
         text = f"{short(scan.path)}: is 0 around a brain, so taken as skull-stripped"
         warnings.warn(text, InputWarning, stacklevel=2)
         return inside
-    return brain_mask(scan.data, grid, mode=config.brain, device=config.device)
+    found = brain_mask(scan.data, grid, mode=config.brain, device=config.device)
+    if not found.any():
+        raise InputError(scan.path, "no brain was found in it", "bring your own mask in column 'brain'")
+    return found
 
 
 def _grid_of(volume: Volume) -> Grid:
@@ -188,20 +218,29 @@ def _grid_of(volume: Volume) -> Grid:
     return Grid((i, j, k), volume.affine)
 
 
-def _cleaned(scan: NDArray, brain: NDArray[np.bool_], grid: Grid, config: PreparationConfig) -> NDArray[np.float32]:
+def _cleaned(scan: Volume, brain: NDArray[np.bool_], config: PreparationConfig) -> _Head:
     """Denoise and correct the brain; what lies around it stays, for the interpolation at its edge."""
-    clean = np.where(brain, denoise(scan, brain, grid), scan) if config.denoise else scan
-    return correct_bias(clean, brain, grid) if config.correct_bias else clean.astype(np.float32)
+    grid, clean = _grid_of(scan), scan.data
+    if (darkest := float(np.percentile(clean[brain], 0.5))) < 0:  # z-scored: the tools need intensities above 0
+        clean = np.maximum(clean - np.float32(darkest), 0)
+    if config.denoise:
+        clean = np.where(brain, denoise(clean, brain, grid), clean)
+    if config.correct_bias:
+        clean = correct_bias(clean, brain, grid)
+    return _Head(clean, brain, grid)
+
+
+def _coarse(head: _Head) -> Image:
+    return upright(head.stripped(), spacing_mm=_VISIT_MM)
 
 
 def _reference(visits: list[_Visit], from_middle: list[NDArray]) -> tuple[str, Image]:
     """Return what is registered to MNI152 for all visits: the mean T1-weighted brain, or else the mean FLAIR."""
-    if any(visit.t1 is not None for visit in visits):
-        contrast = "T1w"
-        seen = [(v.t1, v.to_t1 @ w) for v, w in zip(visits, from_middle, strict=True) if v.t1 and v.to_t1 is not None]
-    else:
-        contrast = "FLAIR"
-        seen = [(Image(np.where(v.brain, v.clean, 0), v.grid), w) for v, w in zip(visits, from_middle, strict=True)]
+    visible = list(zip(visits, from_middle, strict=True))
+    contrast = "T1w"
+    seen = [(v.t1.stripped(), v.to_t1 @ w) for v, w in visible if v.t1 is not None and v.to_t1 is not None]
+    if not seen:
+        contrast, seen = "FLAIR", [(v.head.stripped(), w) for v, w in visible]
     grid = Grid.around([image.grid for image, _ in seen], [way for _, way in seen], spacing_mm=_TEMPLATE_MM)
     total = np.zeros(grid.shape, np.float32)
     for image, way in seen:
@@ -233,24 +272,25 @@ def _in_mni(
         write_nifti(place(what), data, MNI.affine)
         return place(what)
 
-    step = MNI.step_to(visit.grid, way)
-    brain = resample(visit.brain, step, MNI.shape, order=1) > 0.5
-    flair = np.where(brain, np.maximum(resample(visit.clean, step, MNI.shape), 0), 0)
+    step = MNI.step_to(visit.head.grid, way)
+    brain = resample(visit.head.brain, step, MNI.shape, order=1) > 0.5
+    flair = np.where(brain, np.maximum(resample(visit.head.clean, step, MNI.shape), 0), 0)
     if config.denoise_again:
         flair = denoise(flair, brain, MNI)
     lesions = carry_mask(visit.lesions, step, MNI.shape) * brain
     files = {"brain": write("desc-brain_mask.nii.gz", brain.astype(np.uint8))}
     files |= {"flair": write("FLAIR.nii.gz", flair.astype(np.float32))}
     files |= {"mask": write("desc-lesions_mask.nii.gz", lesions.astype(np.uint8))}
-    if scan.tissue is not None:
-        files["tissue"] = write("dseg.nii.gz", _tissue(scan.tissue, visit, step))
+    if visit.tissue is not None:
+        labels = resample(visit.tissue.data, step, MNI.shape, order=0)
+        files["tissue"] = write("dseg.nii.gz", labels.astype(np.uint8))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", InputWarning)
         case = CaseFiles(scan.id, **files).read()
         write("FLAIR.nii.gz", case.flair)
         files["tissue"] = write("dseg.nii.gz", case.tissue)
         if visit.t1 is not None and visit.to_t1 is not None:
-            t1 = resample(visit.t1.data, MNI.step_to(visit.t1.grid, visit.to_t1 @ way), MNI.shape)
+            t1 = resample(visit.t1.clean, MNI.step_to(visit.t1.grid, visit.to_t1 @ way), MNI.shape)
             t1 = np.where(brain, np.maximum(t1, 0), 0)
             files["t1"] = write("T1w.nii.gz", t1 / np.float32(np.median(t1[brain])))
         if inpainter is not None and scan.mask is not None:
@@ -259,27 +299,22 @@ def _in_mni(
     if scan.mask is None:
         files["mask"].unlink()
     new = np.zeros(MNI.shape, np.uint8)
-    if scan.new_lesions is not None:
-        new = _new_lesions(scan, visit.flair, way, MNI) * case.brain
+    if visit.new_lesions is not None:
+        new = _carried(visit.new_lesions, way, MNI) * case.brain
         write("desc-newlesions_mask.nii.gz", new)
     return _Prepared(case.flair, case.brain, case.lesions, new)
 
 
-def _tissue(path: Path, visit: _Visit, step: NDArray) -> NDArray[np.uint8]:
-    labels = read_beside(path, visit.flair, allow_empty=False)
-    return resample(labels.data, step, MNI.shape, order=0).astype(np.uint8)
+def _carried(drawn: tuple[Image, NDArray], way: NDArray, target: Grid) -> NDArray[np.uint8]:
+    """Carry new lesions to a target, straight from the grid on which they were drawn.
 
-
-def _new_lesions(scan: Scan, flair: Volume, way: NDArray, target: Grid) -> NDArray[np.uint8]:
-    """Return the new lesions of a follow-up on another grid, straight from the grid on which they were drawn."""
-    assert scan.new_lesions is not None
-    mask = read_nifti(scan.new_lesions, allow_empty=True)
-    check_binary(mask)
-    if scan.new_lesions_xfm is not None:
-        way = np.linalg.inv(read_way(scan.new_lesions_xfm)) @ way
-    else:
-        read_beside(scan.new_lesions, flair)
-    return carry_mask(mask.data != 0, target.step_to(_grid_of(mask), way), target.shape)
+    Args:
+        drawn: Where they were drawn, and the way there from the FLAIR.
+        way: From the target to the FLAIR.
+        target: The grid.
+    """
+    mask, from_flair = drawn
+    return carry_mask(mask.data, target.step_to(mask.grid, from_flair @ way), target.shape)
 
 
 def _write_way(scan: Scan, grid: Grid, way: NDArray, folder: Path, *, space: str) -> dict[str, object]:
@@ -294,25 +329,26 @@ def _halfway(
 ) -> list[Record]:
     """Write the visits in their halfway space: whole heads, z-scored over the grid that holds them all."""
     flairs = [read_nifti(scan.flair, prefer=prefer) for scan in scans]
+    masks = [_read_mask(scan, flair, prefer) for scan, flair in zip(scans, flairs, strict=True)]
+    new = [_read_new_lesions(scan, flair) for scan, flair in zip(scans, flairs, strict=True)]
     grids = [_grid_of(flair) for flair in flairs]
     heads = [upright(Image(f.data, g), spacing_mm=_VISIT_MM) for f, g in zip(flairs, grids, strict=True)]
     ways = align_visits(heads, motion=_MOTION[config.visits])
     target = Grid.around(grids, ways, spacing_mm=config.spacing_mm)
     records = []
-    for scan, flair, grid, way in zip(scans, flairs, grids, ways, strict=True):
+    for scan, flair, grid, way, mask, drawn in zip(scans, flairs, grids, ways, masks, new, strict=True):
 
         def write(what: str, data: NDArray, scan: Scan = scan) -> None:
             write_nifti(folder / file_name(scan.id, what, space="halfway"), data, target.affine, code=2)
 
-        image = resample(flair.data, target.step_to(grid, way), target.shape)
+        step = target.step_to(grid, way)
+        image = resample(flair.data, step, target.shape)
         mean, sd = float(image.mean(dtype=np.float64)), float(image.std(dtype=np.float64))
         write("FLAIR.nii.gz", (image - np.float32(mean)) / np.float32(sd))
-        if scan.mask is not None:
-            mask = read_beside(scan.mask, flair, prefer=prefer)
-            check_mask(mask, flair)
-            write("desc-lesions_mask.nii.gz", carry_mask(mask.data != 0, target.step_to(grid, way), target.shape))
-        if scan.new_lesions is not None:
-            write("desc-newlesions_mask.nii.gz", _new_lesions(scan, flair, way, target))
+        if mask is not None:
+            write("desc-lesions_mask.nii.gz", carry_mask(mask.data != 0, step, target.shape))
+        if drawn is not None:
+            write("desc-newlesions_mask.nii.gz", _carried(drawn, way, target))
         native = _write_way(scan, grid, way, folder, space="halfway")
         records.append(Record(scan.id, native, {"mean": mean, "sd": sd}, []))
         report()
