@@ -246,9 +246,9 @@ def spread_out(seed, *, shape=(60, 60, 48), count=12):
     rng = np.random.default_rng(seed)
     mask = np.zeros(shape, bool)
     grid = np.indices(shape)
-    places = [np.array(at) for at in np.ndindex(3, 3, 3)]
+    places = [np.array(at) for at in np.ndindex(3, 3, 2)]
     for place in rng.permutation(len(places))[:count]:
-        centre = 12 + places[place] * np.array([18, 18, 12]) + rng.uniform(-2, 2, 3)
+        centre = 12 + places[place] * np.array([18, 18, 22]) + rng.uniform(-2, 2, 3)
         radius = rng.choice([0, 1.2, 2.3, 4.0])
         mask |= np.linalg.norm(grid - np.rint(centre).reshape(3, 1, 1, 1), axis=0) <= radius
     return mask
