@@ -65,6 +65,18 @@ def test_what_itk_writes(tmp_path, name):
     assert np.abs(found[:3, 3]).max() > 1  # the centre matters
 
 
+@pytest.mark.parametrize("name", ["x.txt", "x.mat"])
+@pytest.mark.parametrize("zyx", [None, False, True])
+def test_rigid_transforms(tmp_path, name, zyx):
+    if zyx is None:
+        transform = sitk.VersorRigid3DTransform((0.1, -0.3, 0.2, 0.86**0.5), (4, 5, -6), (10, 20, -30))
+    else:
+        transform = sitk.Euler3DTransform((10, 20, -30), 0.3, -0.2, 0.5, (4, 5, -6))
+        transform.SetComputeZYX(zyx)
+    sitk.WriteTransform(transform, str(tmp_path / name))
+    assert apply(read_way(tmp_path / name), POINTS) == pytest.approx(moved(transform, POINTS), abs=1e-9)
+
+
 def test_the_ways_of_itk_snap(tmp_path):
     """Under the base class's name, in single precision, with CRLF and a blank line."""
     text = (
@@ -159,7 +171,7 @@ def test_transforms_that_are_not_linear_or_not_one(tmp_path):
 
 def test_binary_files_that_are_no_transform(tmp_path):
     refused(mat(tmp_path / "a.mat", np.zeros(12), np.zeros(3)), "cannot be inverted")
-    refused(mat(tmp_path / "b.mat", np.zeros(6), np.zeros(3), "Euler3DTransform_double_3_3"), "holds a 'Euler3D")
+    refused(mat(tmp_path / "b.mat", np.zeros(6), np.zeros(3), "BSplineTransform_double_3_3"), "holds a 'BSpline")
     refused(mat(tmp_path / "c.mat", np.zeros(12), np.zeros(2)), "holds a 'Affine")
     savemat(tmp_path / "d.mat", {"something": np.eye(4)}, format="4")
     refused(tmp_path / "d.mat", "is not an ITK transform")

@@ -190,12 +190,11 @@ def _read_new_lesions(scan: Scan, flair: Volume) -> tuple[Image, NDArray] | None
     if scan.new_lesions is None:
         return None
     if scan.new_lesions_xfm is None:
-        mask, way = read_beside(scan.new_lesions, flair), np.eye(4)
+        mask, there = read_beside(scan.new_lesions, flair), np.eye(4)
     else:
-        mask = read_nifti(scan.new_lesions, allow_empty=True)
-        way = np.linalg.inv(read_way(scan.new_lesions_xfm))
+        mask, there = read_nifti(scan.new_lesions, allow_empty=True), read_way(scan.new_lesions_xfm)
     check_binary(mask)
-    return Image(mask.data != 0, _grid_of(mask)), way
+    return Image(mask.data != 0, _grid_of(mask)), np.linalg.inv(there)
 
 
 def _brain(scan: Volume, config: PreparationConfig) -> NDArray[np.bool_]:
@@ -220,11 +219,12 @@ def _grid_of(volume: Volume) -> Grid:
 
 def _cleaned(scan: Volume, brain: NDArray[np.bool_], config: PreparationConfig) -> _Head:
     """Denoise and correct the brain; what lies around it stays, for the interpolation at its edge."""
-    grid, clean = _grid_of(scan), scan.data
+    grid = _grid_of(scan)
+    clean: NDArray[np.float32] = scan.data
     if (darkest := float(np.percentile(clean[brain], 0.5))) < 0:  # z-scored: the tools need intensities above 0
         clean = np.maximum(clean - np.float32(darkest), 0)
     if config.denoise:
-        clean = np.where(brain, denoise(clean, brain, grid), clean)
+        clean = np.where(brain, denoise(clean, brain, grid), clean).astype(np.float32)
     if config.correct_bias:
         clean = correct_bias(clean, brain, grid)
     return _Head(clean, brain, grid)

@@ -13,12 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg
 from scipy.io import loadmat
+from scipy.spatial.transform import Rotation
 
 from synthlong.errors import InputError
 
 __all__ = ["middle_of", "read_way", "way_of", "way_text"]
 
-_LINEAR = ("AffineTransform", "MatrixOffsetTransformBase")
+_AFFINE = ("AffineTransform", "MatrixOffsetTransformBase")
+_RIGID = ("Euler3DTransform", "VersorRigid3DTransform")
 _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -56,14 +58,31 @@ def read_way(path: str | Path) -> NDArray[np.float64]:
         kind, parameters, centre = _text(data) if data.startswith(b"#Insight") else _matlab(data)
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(path, "is not an ITK transform", give) from error
-    if kind.split("_")[0] not in _LINEAR or parameters.size != 12 or centre.size != 3:
+    name = kind.split("_")[0]
+    if name in _RIGID and parameters.size == 6:
+        parameters, centre = _as_affine(name, parameters, centre), centre[:3]
+    elif name not in _AFFINE or parameters.size != 12:
         raise InputError(path, f"holds a {kind[:60]!a}", give)
+    if centre.size != 3:
+        raise InputError(path, f"holds a {kind[:60]!a} without its centre", give)
     with np.errstate(all="ignore"):
         way = way_of(parameters, centre)
         good = np.isfinite(way).all() and 1e-6 < abs(np.linalg.det(way[:3, :3])) < np.inf
     if not good:
         raise InputError(path, "its transform cannot be inverted", give)
     return way
+
+
+def _as_affine(name: str, parameters: NDArray, centre: NDArray) -> NDArray[np.float64]:
+    """Return the twelve parameters of a rigid transform: three angles or the part of a unit quaternion, and a shift."""
+    if name == "VersorRigid3DTransform":
+        rest = np.sqrt(max(0.0, 1 - float(parameters[:3] @ parameters[:3])))
+        rotation = Rotation.from_quat([*parameters[:3], rest])
+    else:
+        x, y, z = parameters[:3]
+        about_z_last = centre.size > 3 and centre[3] != 0  # ITK's flag ComputeZYX
+        rotation = Rotation.from_euler("ZYX", [z, y, x]) if about_z_last else Rotation.from_euler("ZXY", [z, x, y])
+    return np.concatenate([rotation.as_matrix().ravel(), parameters[3:]])
 
 
 def _text(data: bytes) -> tuple[str, NDArray, NDArray]:
