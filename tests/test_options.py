@@ -121,15 +121,13 @@ PREPARATION = {
     "denoise": [1, "yes", None],
     "denoise_again": [0],
     "correct_bias": ["true"],
+    "visits": ["similar", None],
     "brain": ["slow", True],
     "healthy": [None],
     "inpainter": [0.5],
     "precision": ["fp16", 16],
     "device": [0, None],
     "spacing_mm": [0.2, 2.1, "1", True, float("nan")],
-    "least_overlap": [-0.1, 1.1, float("nan")],
-    "least_agreement": [-0.1, 1.1, True],
-    "least_snr": [-1, float("inf"), "5"],
 }
 
 

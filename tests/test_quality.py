@@ -7,7 +7,6 @@ from scipy import ndimage
 
 from synthlong.atlas import MNI_SHAPE, tissue_maps
 from synthlong.pictures import GRAY_TOP
-from synthlong.preparation import PreparationConfig
 from synthlong.preparation.quality import Figures, agreement, correlation, figures_of, flags_of, picture_of, snr_of
 
 GOOD = Figures(
@@ -102,24 +101,18 @@ def test_visits_are_compared_with_the_first():
     ],
 )
 def test_each_figure_raises_its_flag(change, flag):
-    assert flags_of(replace(GOOD, **change), PreparationConfig()) == [flag]
+    assert flags_of(replace(GOOD, **change)) == [flag]
 
 
 def test_what_is_well_raises_none():
-    config = PreparationConfig()
-    assert flags_of(GOOD, config) == []
-    assert flags_of(replace(GOOD, agreement=None), config) == []
-    at = {"overlap": config.least_overlap, "agreement": config.least_agreement, "snr": config.least_snr}
-    assert flags_of(replace(GOOD, brain_ml=700.0, **at), config) == []
-    assert flags_of(replace(GOOD, brain_ml=2200.0), config) == []
+    assert flags_of(GOOD) == []
+    assert flags_of(replace(GOOD, agreement=None)) == []
+    assert flags_of(replace(GOOD, brain_ml=700.0, overlap=0.9, agreement=0.8, snr=5.0)) == []
+    assert flags_of(replace(GOOD, brain_ml=2200.0)) == []
 
 
-def test_limits_are_the_configs():
-    config = PreparationConfig(least_overlap=0.97, least_agreement=0.96, least_snr=21)
-    assert len(flags_of(GOOD, config)) == 3
-    assert len(flags_of(replace(GOOD, brain_ml=2201.0), config)) == 4
-    loose = PreparationConfig(least_overlap=0, least_agreement=0, least_snr=0)
-    assert flags_of(replace(GOOD, overlap=0.0, agreement=0.0, snr=0.0), loose) == []
+def test_all_that_is_wrong_is_flagged():
+    assert len(flags_of(replace(GOOD, brain_ml=2201.0, overlap=0.0, agreement=0.0, snr=0.0))) == 4
 
 
 @pytest.fixture(scope="module")
