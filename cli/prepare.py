@@ -24,8 +24,9 @@ def prepare(
     config: Path = typer.Option(None, help="PreparationConfig as TOML."),
     participant_label: list[str] = typer.Option([], help="Only this subject; may be given several times."),
     brain_mask: str = typer.Option(None, help="Path of brain masks, with {subject} and {session} in it."),
-    workers: int = typer.Option(0, help="Processes; 0: one per processor."),
+    workers: int = typer.Option(0, help="Processes; 0: one per processor and 4 GB."),
     device: str = typer.Option(None, help="Torch device of HD-BET and the inpainter, e.g. cuda:0."),
+    break_lock: bool = typer.Option(False, "--break-lock", help="Take the folder from a writer that is gone."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Say what would be prepared, write nothing."),
     prefer: Prefer = typer.Option(None, help="Which of two disagreeing orientations to use."),
 ) -> None:
@@ -51,13 +52,14 @@ def prepare(
             brain_mask=brain_mask,
             workers=workers,
             prefer=prefer.value if prefer else None,
+            break_lock=break_lock,
             dry_run=dry_run,
             progress=show,
         )
     if dry_run:
-        for name in outcome.there:
+        for name in outcome.prepared:
             typer.echo(f"would prepare: {name}")
-        typer.echo(f"{out.name}: {len(outcome.there)} scans to prepare")
+        typer.echo(f"{out.name}: {len(outcome.prepared)} scans to prepare, {len(outcome.there)} are there")
         return
     for name, flags in outcome.flagged.items():
         typer.echo(f"flagged: {name}: {'; '.join(flags)}; look at its picture in {out.name}/figures", err=True)

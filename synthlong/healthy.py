@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["stored_healthy", "write_healthy"]
 
 
-def write_healthy(path: Path, case: Case, inpainter: Inpainter) -> Case:
-    """Fill a case's lesions and write the volume with what it was made of; return the case with it.
+def write_healthy(path: Path, case: Case, inpainter: Inpainter) -> None:
+    """Fill a case's lesions and write the volume with what it was made of.
 
     Args:
         path: `.nii.gz` file; the record is written beside it as `.json`.
@@ -40,7 +39,6 @@ def write_healthy(path: Path, case: Case, inpainter: Inpainter) -> Case:
     write_nifti(path, healthy, case.affine)
     record = {**_made_of(case, inpainter), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     publish(_record(path), canonical_json(record).encode())
-    return replace(case, healthy=healthy)
 
 
 def stored_healthy(case: Case, inpainter: Inpainter) -> NDArray[np.float32] | None:

@@ -205,7 +205,12 @@ def _in_folder(folder: Path) -> Iterator[CaseFiles]:
             text = f"{short(folder)}: {ascii(stem)[1:-1]} is skipped, {lacking} is missing"
             warnings.warn(text, InputWarning, stacklevel=4)
             continue
-        if flags := (read_record(files["flair"]) or {}).get("flags"):
+        try:
+            flags = (read_record(files["flair"]) or {}).get("flags")
+        except InputError as error:
+            warnings.warn(str(error), InputWarning, stacklevel=4)
+            flags = None
+        if flags:
             text = (
                 f"{short(files['flair'])}: flagged by `prepare` ({'; '.join(flags)}); look at its picture in figures/"
             )

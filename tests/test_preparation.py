@@ -113,7 +113,7 @@ def test_a_raw_pair_becomes_cases_and_masks_find_back(raw, tmp_path):
         generate(out, tmp_path / "with", pairs=2, seed=1, config=config, workers=1)  # no word of a healthy volume
     (healthy,) = out.glob("*desc-healthy*.nii.gz")
     healthy.unlink()
-    assert prepare(raw, out, workers=1, dry_run=True).there == ["lo01_ses-1", "lo01_ses-2"]  # a file has gone
+    assert prepare(raw, out, workers=1, dry_run=True).prepared == ["lo01_ses-1", "lo01_ses-2"]  # a file has gone
 
 
 def natives_volume(native, mask):
@@ -175,11 +175,45 @@ def test_a_failed_scan_does_not_stop_the_others(raw, tmp_path, capsys):
     assert main([*call, "--participant-label", "nobody"]) == 2
 
 
+def test_what_is_replaced_leaves_nothing_behind(raw, tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    manifest = scans_of(raw, folder)
+    mask = folder / "m.nii.gz"
+    scan = read_nifti(folder / "a.nii.gz")
+    write_nifti(mask, (scan.data > np.percentile(scan.data, 99.9)).astype(np.uint8), scan.affine, code=1)
+    manifest.write_text("subject,flair,mask\na,a.nii.gz,m.nii.gz\n")
+    prepare(manifest, out, config=QUICK, workers=1)
+    assert (out / "sub-a_space-halfway_desc-lesions_mask.nii.gz").exists()
+    manifest.write_text("subject,flair\na,a.nii.gz\n")
+    (out / "prepared.csv.tmp-1-deadbeef").write_text("left by a kill")
+    prepare(manifest, out, config=QUICK, workers=1)
+    assert not (out / "sub-a_space-halfway_desc-lesions_mask.nii.gz").exists()
+    assert not (out / "prepared.csv.tmp-1-deadbeef").exists()
+    assert (out / "sub-a_space-halfway_FLAIR.nii.gz").exists()
+
+    (folder / "a.nii.gz").write_bytes(b"no scan")
+    outcome = prepare(manifest, out, config=QUICK, workers=1)
+    assert "a.nii.gz: is not NIfTI" in outcome.failures["a"]
+    record = read_record(out / "sub-a_space-halfway_FLAIR.nii.gz")
+    assert record["flags"] == ["made of earlier files, the present ones cannot be prepared"]
+    with pytest.raises(ConfigError, match="holds scans of the other recipe"):
+        prepare(manifest, out)
+
+
+def test_whatever_a_tool_does_the_others_go_on(raw, tmp_path):
+    manifest = scans_of(raw, tmp_path / "in", b=(raw.parent / "1.nii.gz").read_bytes())
+    scan = read_nifti(tmp_path / "in" / "b.nii.gz")
+    write_nifti(tmp_path / "in" / "b.nii.gz", scan.data, scan.affine @ np.diag([100, 100, 100, 1]), code=1)
+    outcome = prepare(manifest, tmp_path / "out", config=QUICK, workers=1)
+    assert outcome.prepared == ["a"]
+    assert "b.nii.gz: spans" in outcome.failures["b"]
+
+
 def test_what_changed_is_prepared_again(raw, tmp_path):
     manifest, out = scans_of(raw, tmp_path / "in"), tmp_path / "out"
 
     def todo(config=QUICK):
-        return prepare(manifest, out, config=config, workers=1, dry_run=True).there
+        return prepare(manifest, out, config=config, workers=1, dry_run=True).prepared
 
     assert todo() == ["a"]
     assert not out.exists()  # a dry run writes nothing

@@ -96,6 +96,7 @@ def test_visits_are_compared_with_the_first():
         ({"brain_ml": 699.4}, "brain of 699 ml"),
         ({"brain_ml": 2300.0}, "brain of 2300 ml"),
         ({"overlap": 0.899}, "overlap with the MNI brain 0.90"),
+        ({"template": 0.08}, "correlation with the template 0.08"),
         ({"agreement": 0.79}, "correlation of the visits 0.79"),
         ({"snr": 4.9}, "signal-to-noise ratio 4.9"),
     ],
@@ -112,7 +113,7 @@ def test_what_is_well_raises_none():
 
 
 def test_all_that_is_wrong_is_flagged():
-    assert len(flags_of(replace(GOOD, brain_ml=2201.0, overlap=0.0, agreement=0.0, snr=0.0))) == 4
+    assert len(flags_of(replace(GOOD, brain_ml=2201.0, overlap=0.0, template=0.0, agreement=0.0, snr=0.0))) == 5
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,7 @@ def _taken(path: Path, break_lock: bool) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)
-    raise OutputError(path.parent, "its lock changes hands all the time", "let one `generate` end first")
+    raise OutputError(path.parent, "its lock changes hands all the time", "let the other writer end first")
 
 
 def _locked(path: Path, descriptor: int, created: bool, break_lock: bool) -> bool:
@@ -98,7 +98,7 @@ def _locked(path: Path, descriptor: int, created: bool, break_lock: bool) -> boo
         if not break_lock:
             raise _refusal(path, holder, "if that process is gone, add --break-lock")
         if _lives_here(holder):
-            raise _refusal(path, holder, f"stop it, or remove {LOCK} if that process is no `generate`")
+            raise _refusal(path, holder, f"stop it, or remove {LOCK} if that process is another program")
         if _is_file(descriptor, path):  # and not that of another who broke it first
             path.unlink(missing_ok=True)
         return False

@@ -18,7 +18,6 @@ import numpy as np
 
 import synthlong
 from synthlong.errors import InputError
-from synthlong.preparation.ways import read_way
 from synthlong.resampling import Grid, Native
 
 __all__ = ["FIGURES", "description", "figure_name", "file_name", "read_native", "read_record", "sha256_of", "way_name"]
@@ -57,7 +56,10 @@ def read_record(flair: str | Path) -> dict[str, Any] | None:
     flair = Path(flair)
     path = flair.with_name(flair.name.split(".nii")[0] + ".json")
     try:
-        record = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        if "_space-" not in path.name and b'"synthlong"' not in data:  # another tool's, in whatever encoding
+            return None
+        record = json.loads(data)
         return record if isinstance(record, dict) and "synthlong" in record else None
     except FileNotFoundError:
         return None
@@ -71,6 +73,8 @@ def read_native(flair: str | Path) -> Native | None:
     Raises:
         InputError: Its record or transform is damaged.
     """
+    from synthlong.preparation.ways import read_way
+
     record = read_record(flair)
     if record is None:
         return None

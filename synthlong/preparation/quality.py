@@ -15,7 +15,7 @@ from synthlong.preparation.registration import mni_brain, mni_scan
 __all__ = ["BRAIN_ML", "Figures", "agreement", "correlation", "figures_of", "flags_of", "picture_of", "snr_of"]
 
 BRAIN_ML = (700, 2200)
-_LEAST_OVERLAP, _LEAST_AGREEMENT, _LEAST_SNR = 0.9, 0.8, 5.0
+_LEAST_OVERLAP, _LEAST_TEMPLATE, _LEAST_AGREEMENT, _LEAST_SNR = 0.9, 0.2, 0.8, 5.0
 _LESION, _BRAIN = (255, 79, 79), (74, 163, 255)
 _ZOOM = 2
 
@@ -57,6 +57,8 @@ def flags_of(figures: Figures) -> list[str]:
         flags.append(f"brain of {figures.brain_ml:.0f} ml")
     if figures.overlap < _LEAST_OVERLAP:
         flags.append(f"overlap with the MNI brain {figures.overlap:.2f}")
+    if figures.template < _LEAST_TEMPLATE:  # 0.08 where a head is upside down or turned about
+        flags.append(f"correlation with the template {figures.template:.2f}")
     if figures.agreement is not None and figures.agreement < _LEAST_AGREEMENT:
         flags.append(f"correlation of the visits {figures.agreement:.2f}")
     if figures.snr < _LEAST_SNR:

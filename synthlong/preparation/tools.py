@@ -35,7 +35,7 @@ def load_ants() -> ModuleType:
     Raises:
         ConfigError: It is not installed.
     """
-    os.environ.setdefault("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS", "1")
+    os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = "1"
     try:
         import ants
     except ImportError as error:
@@ -83,7 +83,7 @@ def brain_mask(scan: NDArray, grid: Grid, *, mode: str = "fast", device: str = "
     upright = resample(scan, around.step_to(grid), around.shape)
     # HD-BET takes SimpleITK's arrays: slices from below upwards, rows from front to back, columns from right to left
     seen = np.ascontiguousarray(upright[::-1, ::-1].T)
-    chosen = device if device == "cpu" else torch.device(device).index or 0
+    chosen = "cpu" if torch.device(device).type == "cpu" else torch.device(device).index or 0
     with redirect_stdout(StringIO()), torch.random.fork_rng(devices=()), one_thread():
         spacing = (_BET_SPACING_MM,) * 3
         _, found = hd_bet(seen, spacing, mode=mode, device=chosen, postprocess=True, do_tta=mode == "accurate")
