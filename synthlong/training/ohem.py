@@ -51,7 +51,7 @@ _LOSSES = ("bce", "dice", "bce+dice")
 _TRAINING, _VALIDATION = 0, 1
 """First word of the spawn keys."""
 
-_CPU_CHUNK = 8
+_CPU_CHUNK = 4
 """Patches that a CPU predicts at once when none is learned from; their features then stay in the cache."""
 
 
@@ -268,9 +268,7 @@ class Ohem(lightning.LightningModule):
         if self.config.mining:
             hardest = self.hardest(*drawn)
             drawn = (drawn[0][hardest], drawn[1][hardest], drawn[2][hardest])
-        baseline, followup, truth = drawn
-        logits = self.network(baseline, followup).float()
-        loss = _errors(logits[None], truth[None], self.config.loss)[0]
+        loss, truth = self.loss_on(*drawn), drawn[2]
         self._losses.append(loss.item())
         if not math.isfinite(self._losses[-1]):
             problem = f"the loss is not finite at step {self.global_step}"
@@ -278,6 +276,11 @@ class Ohem(lightning.LightningModule):
         positive = truth.flatten(1).any(dim=1).float().mean()
         self.log_dict({"loss": loss.detach(), "positive": positive, "rate": self._rate()})
         return loss
+
+    def loss_on(self, baseline: Tensor, followup: Tensor, truth: Tensor) -> Tensor:
+        """Return the network's loss on a batch, as one item: its Dice is that of all voxels."""
+        logits = self.network(baseline, followup).float()
+        return _errors(logits[None], truth[None], self.config.loss)[0]
 
     @torch.no_grad()
     def hardest(self, baseline: Tensor, followup: Tensor, truth: Tensor) -> Tensor:
