@@ -61,11 +61,15 @@ def ohem(
         torch.set_num_threads(threads)
     given: dict[str, Any] = {"momentum": momentum, "steps": steps, "seed": seed, "fold": fold, "folds": folds}
     given |= {"device": device, "devices": devices, "nodes": nodes}
-    given |= {} if oversample is None else {"mining": False, "positive_share": oversample}
     given = {name: value for name, value in given.items() if value is not None}
+    words = ["synthlong", "train", "ohem", source.name, "-o", out.name]
+    words += ["--config", config.name] if config else []
+    words += [word for name, value in given.items() for word in (f"--{name}", f"{value}")]
+    if oversample is not None:
+        given |= {"mining": False, "positive_share": oversample}
+        words += ["--oversample", f"{oversample}"]
     from_file = OhemConfig.from_toml(config) if config else OhemConfig()
     chosen = OhemConfig.from_dict(from_file.as_dict() | given)
-    words = ["synthlong", "train", "ohem", source.name, "-o", out.name]
     card = {"command": shlex.join(words), "licence": licence, "version": synthlong.__version__, "commit": commit()}
     with progress_bar() as show:
         figures = train_ohem(

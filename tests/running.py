@@ -33,10 +33,10 @@ def made(manifest, name, **options):
 
 
 @contextmanager
-def started(*arguments, code=None, **options):
-    """`synthlong ARGUMENTS` in a session of its own, by other code if given; killed if it runs when the block ends."""
+def started(*arguments, **options):
+    """`synthlong ARGUMENTS` in a session of its own; killed when the block ends, if it still runs."""
     process = subprocess.Popen(
-        [sys.executable, *(["-c", code] if code else ["-m", "synthlong_cli.main"]), *map(str, arguments)],
+        [sys.executable, "-m", "synthlong_cli.main", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -2,6 +2,7 @@ import json
 import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,7 +114,8 @@ def test_the_hardest_are_those_that_the_average_gets_most_wrong(model):
     with torch.no_grad():
         one_by_one = [it.average(batch[0][n : n + 1], batch[1][n : n + 1]) for n in range(12)]
     errors = [F.binary_cross_entropy_with_logits(y, batch[2][n : n + 1].float()) for n, y in enumerate(one_by_one)]
-    assert set(it.hardest(*batch).tolist()) == set(torch.stack(errors).topk(4).indices.tolist())
+    errors = torch.stack(errors)  # some are equal: a small run gives the same patch twice
+    assert torch.allclose(errors[it.hardest(*batch)], errors.topk(4).values, atol=1e-6)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -190,34 +192,29 @@ def test_ctrl_c_is_not_swallowed(run, tmp_path):
         train(run, tmp_path / "w.safetensors", progress=stop)
 
 
-KEEPING = "import pathlib, sys; pathlib.Path.unlink = lambda *_, **__: None; from synthlong_cli.main import main; sys.exit(main())"
-
-
-def test_a_killed_training_goes_on_to_the_same_bits(manifest, tmp_path):
+def test_a_killed_training_goes_on_to_the_same_bits(manifest, tmp_path, monkeypatch):
     """On shards of `generate`; the checkpoint of the last step, which stays here, holds all that was learned."""
+    from synthlong_cli.main import main
+
     shards = SynthesisConfig(box=32, painter="ellipsoid", artifacts="none", around_events=0.5, with_new_lesions=1.0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", InputWarning)
         generate(manifest, tmp_path / "pairs", pairs=24, seed=3, config=shards, workers=1)
     toml = "".join(f"{k} = {list(v) if k == 'widths' else json.dumps(v)}\n" for k, v in (TINY | {"steps": 49}).items())
     (tmp_path / "tiny.toml").write_text(toml)
-
-    def training(name):
-        options = ["--config", tmp_path / "tiny.toml", "--threads", 1, "--no-tensorboard"]
-        return started(
-            "train", "ohem", tmp_path / "pairs", "-o", tmp_path / f"{name}.safetensors", *options, code=KEEPING
-        )
-
-    with training("whole") as process:
-        assert process.wait(240) == 0, process.stderr.read()
-    with training("cut") as process:
+    options = ["--config", tmp_path / "tiny.toml", "--threads", 1, "--no-tensorboard"]
+    whole, cut = (
+        ["train", "ohem", tmp_path / "pairs", "-o", tmp_path / f"{n}.safetensors", *options] for n in ("whole", "cut")
+    )
+    with started(*cut) as process:
         wait_for((tmp_path / "cut.checkpoint").exists, process)
         process.kill()
     made = torch.load(tmp_path / "cut.checkpoint", weights_only=True)
     assert made["global_step"] < 49
-    with training("cut") as process:
-        assert process.wait(240) == 0, process.stderr.read()
-    whole, cut = (torch.load(tmp_path / f"{name}.checkpoint", weights_only=True) for name in ("whole", "cut"))
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
+    for arguments in (cut, whole):
+        assert main([str(word) for word in arguments]) == 0
+    cut, whole = (torch.load(tmp_path / f"{name}.checkpoint", weights_only=True) for name in ("cut", "whole"))
     assert whole["global_step"] == cut["global_step"] == 49
     assert not torch.equal(made["state_dict"]["average.head.weight"], cut["state_dict"]["average.head.weight"])
     assert whole["state_dict"].keys() == cut["state_dict"].keys()
