@@ -48,6 +48,8 @@ def ohem(
     from .progress import progress_bar
 
     try:
+        from lightning.pytorch.utilities import rank_zero_only
+
         from synthlong.training.ohem import OhemConfig, train_ohem
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] not in ("lightning", "tensorboard"):
@@ -81,4 +83,5 @@ def ohem(
             tensorboard=tensorboard,
             progress=lambda step, total, loss: show(f"steps, loss {loss:.4f}", step, total),
         )
-    typer.echo(f"{out.name}: " + ", ".join(f"{k} {v:g}" for k, v in figures["best"].items()))
+    last_words = f"{out.name}: " + ", ".join(f"{k} {v:g}" for k, v in figures["best"].items())
+    rank_zero_only(typer.echo)(last_words)

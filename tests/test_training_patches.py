@@ -64,6 +64,8 @@ def test_patients_are_on_one_side(run):
 
 
 def test_what_cannot_be_drawn_is_said(run, tmp_path):
+    with pytest.raises(InputError, match="nowhere: no such file or folder"):
+        read_patches(tmp_path / "nowhere", side=8, **SPLIT)
     with pytest.raises(ConfigError, match="side = 32: larger than the boxes of 16"):
         read_patches(run, side=32, **SPLIT)
     write_balls(tmp_path, uniform=lambda k: False)

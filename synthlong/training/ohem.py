@@ -14,6 +14,7 @@ training goes on to the same weights, bit for bit on one CPU thread.
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import math
 import threading
@@ -186,7 +187,13 @@ def train_ohem(
         read_patches(source, side=config.side, split=split, fold=config.fold, folds=config.folds)
         for split in ("train", "validation")
     ]
-    about = {"patients": splits[0].subjects, "held_out": splits[1].subjects}
+    listing = source / "index.json" if source.is_dir() else source
+    about = {
+        "patients": splits[0].subjects,
+        "held_out": splits[1].subjects,
+        "source": hashlib.sha256(listing.read_bytes()).hexdigest(),
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
     checkpoint = out.with_suffix(".checkpoint")
     _check_resumable(checkpoint, {**config.as_dict(), **about})
     with torch.random.fork_rng(devices=()):
@@ -332,7 +339,9 @@ class Ohem(lightning.LightningModule):
 
     def _report(self, done: int) -> None:
         """Add a point to the curve, and keep the network if it is the best so far."""
-        point = {"step": done, "loss": round(float(np.mean(self._losses)), 6), "dice": round(self._dice(), 6)}
+        mean = torch.tensor(self._losses, dtype=torch.float64).mean().to(self.device)
+        loss = float(self.trainer.strategy.reduce(mean, reduce_op="mean"))
+        point = {"step": done, "loss": round(loss, 6), "dice": round(self._dice(), 6)}
         self.log("validation_dice", point["dice"])
         self.curve.append(point)
         self._losses = []

@@ -61,6 +61,8 @@ def read_patches(source: Path, *, side: int, split: str, fold: int, folds: int) 
         InputError: It cannot be read, or it has no new lesions or no uniform boxes.
         ConfigError: `side` is larger than the boxes, or a fold that cannot be.
     """
+    if not source.exists():
+        raise InputError(source, "no such file or folder", "pass what `generate` wrote, or a manifest (CSV)")
     kind = ShardPatches if source.is_dir() else ScanPatches
     return kind(source, side=side, split=split, fold=fold, folds=folds)
 
