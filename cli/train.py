@@ -67,11 +67,12 @@ def ohem(
     words = ["synthlong", "train", "ohem", source.name, "-o", out.name]
     words += ["--config", config.name] if config else []
     words += [word for name, value in given.items() for word in (f"--{name}", f"{value}")]
+    if momentum is not None:
+        given |= {"mining": True}
     if oversample is not None:
         given |= {"mining": False, "positive_share": oversample}
         words += ["--oversample", f"{oversample}"]
-    from_file = OhemConfig.from_toml(config) if config else OhemConfig()
-    chosen = OhemConfig.from_dict(from_file.as_dict() | given)
+    chosen = OhemConfig.from_toml(config, **given) if config else OhemConfig.from_dict(given)
     card = {"command": shlex.join(words), "licence": licence, "version": synthlong.__version__, "commit": commit()}
     with progress_bar() as show:
         figures = train_ohem(

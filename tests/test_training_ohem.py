@@ -154,8 +154,9 @@ def test_fixed_oversampling_has_no_mining(run, tmp_path, monkeypatch):
     assert len(figures["curve"]) == 2
 
 
-def test_precision_bf16(run, tmp_path):
-    config = replace(CONFIG, steps=2, report_every=2, precision="bf16", mining_precision="bf16")
+@pytest.mark.parametrize("precision", ["bf16", "float32"])
+def test_mining_in_bf16(run, tmp_path, precision):
+    config = replace(CONFIG, steps=2, report_every=2, precision=precision, mining_precision="bf16")
     assert np.isfinite(train(run, tmp_path / "w.safetensors", config)["curve"][0]["loss"])
 
 
@@ -221,6 +222,22 @@ def test_a_killed_training_goes_on_to_the_same_bits(manifest, tmp_path, monkeypa
     assert all(torch.equal(whole["state_dict"][name], cut["state_dict"][name]) for name in whole["state_dict"])
     assert whole["ohem"]["curve"] == cut["ohem"]["curve"]
     assert (tmp_path / "whole.safetensors").read_bytes() == (tmp_path / "cut.safetensors").read_bytes()
+
+
+def test_options_overrule_the_file(tmp_path, monkeypatch):
+    from synthlong_cli.main import main
+
+    seen = []
+    monkeypatch.setattr(ohem, "train_ohem", lambda *_, **options: seen.append(options) or {"best": {}})
+    (tmp_path / "c.toml").write_text("momentum = 0.5\nsteps = 7\n")
+    words = ["train", "ohem", str(tmp_path), "-o", "w.safetensors", "--config", str(tmp_path / "c.toml")]
+    for more in ([], ["--momentum", "0.99"], ["--oversample", "0.1", "--seed", "3"]):
+        assert main([*words, *more]) == 0
+    assert [o["config"].momentum for o in seen] == [0.5, 0.99, 0.5]
+    assert [o["config"].mining for o in seen] == [True, True, False]
+    assert (seen[2]["config"].positive_share, seen[2]["config"].steps, seen[2]["config"].seed) == (0.1, 7, 3)
+    assert seen[2]["card"]["command"].endswith("-o w.safetensors --config c.toml --seed 3 --oversample 0.1")
+    assert main([*words, "--momentum", "0.5", "--oversample", "0.1"]) == 2
 
 
 def test_without_lightning_the_extra_is_named(monkeypatch, tmp_path, capsys):

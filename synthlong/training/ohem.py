@@ -429,6 +429,7 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
+            warnings.filterwarnings("ignore", "GPU available but not used")
             yield
     finally:
         log.setLevel(level)
