@@ -68,7 +68,7 @@ def fit(
     words += ["--patches", str(patches)] if patches != 16 else []
     words += ["--loss", loss] if loss != "mse" else []
     words += ["--hold-out", hold_out] if hold_out else []
-    card = {"command": shlex.join(words), "licence": licence, "version": synthlong.__version__, "commit": _commit()}
+    card = {"command": shlex.join(words), "licence": licence, "version": synthlong.__version__, "commit": commit()}
     with progress_bar() as show:
         figures = fit_on_cases(
             task.value,
@@ -83,7 +83,7 @@ def fit(
     typer.echo(f"{out.name}: " + ", ".join(f"{k} {v:g}" for k, v in last.items()))
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Return the commit of the code, None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:

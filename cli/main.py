@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from . import atlas, augment, check, demo, evaluate, export, fit, generate, prepare, replay, report, verify
+from . import atlas, augment, check, demo, evaluate, export, fit, generate, prepare, replay, report, train, verify
 
 __all__ = ["app", "main"]
 
@@ -34,6 +34,7 @@ app.command("replay")(replay.replay)
 app.command("augment")(augment.augment)
 app.command("atlas")(atlas.atlas)
 app.command("fit")(fit.fit)
+app.add_typer(train.app, name="train")
 app.command("evaluate")(evaluate.evaluate)
 
 
@@ -88,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _way_on(arguments: list[str]) -> str:
     return (
         f"; go on with: {shlex.join(['synthlong', *arguments])}"
-        if arguments[:1] in (["generate"], ["fit"], ["prepare"])
+        if arguments[:1] in (["generate"], ["fit"], ["train"], ["prepare"])
         else ""
     )
 

@@ -154,7 +154,7 @@ def manifest_rows(
                 raise InputError(path, problem, way)
             if twice := {c for c in found if c in _KNOWN and found.count(c) > 1}:
                 raise InputError(path, f"columns named twice: {', '.join(sorted(twice))}", "keep one of each")
-            unknown = [c for c in found if c and c not in _KNOWN]
+            unknown = [c for c in found if c and c not in {*_KNOWN, *needed, *optional}]
             if unknown:
                 text = f"{short(path)}: columns not used: {', '.join(ascii(c)[1:-1] for c in unknown)}"
                 warnings.warn(text, InputWarning, stacklevel=5)

@@ -30,8 +30,12 @@ class Options:
             object.__setattr__(self, option.name, value)
 
     @classmethod
-    def from_toml(cls, path: str | Path) -> Self:
+    def from_toml(cls, path: str | Path, **overruling: Any) -> Self:
         """Read a config; keys are the arguments of this class, paths are relative to the file.
+
+        Args:
+            path: The file.
+            overruling: Options that count instead of the file's.
 
         Raises:
             ConfigError: Not TOML, an unknown key, a value of the wrong type or outside its range.
@@ -45,7 +49,7 @@ class Options:
             if isinstance(values.get(key), str):
                 values[key] = str((path.parent / values[key]).resolve())
         try:
-            return cls.from_dict(values)
+            return cls.from_dict(values | overruling)
         except ConfigError as error:
             raise ConfigError(f"{short(path)}: {error}") from error
 

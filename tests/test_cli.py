@@ -12,7 +12,7 @@ from synthlong.atlas import ASSETS
 from synthlong.dataset.shards import ShardDataset
 
 CASES = ASSETS / "cases" / "cases.csv"
-VERBS = ("demo", "check", "prepare", "generate", "verify", "report", "export", "replay", "atlas", "fit", "evaluate")
+VERBS = "demo check prepare generate verify report export replay atlas fit train evaluate".split()
 
 
 def synthlong(*arguments, **options):

@@ -38,6 +38,7 @@ __all__ = [
     "encode_shard",
     "publish",
     "shard_path",
+    "subjects_of",
     "write_index",
     "write_shard",
 ]
@@ -104,7 +105,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
         index = Index.read(self.out) if complete else Index.of_finished(self.out)
         self._run_id = None if complete else index.run_id  # the index tells whose the shards are, sidecars do not
         self._shards = index.shards
-        chosen = _subjects_of(split, index.subjects, fold=fold, folds=folds)
+        chosen = subjects_of(split, index.subjects, fold=fold, folds=folds)
         self.subjects = sorted(chosen)
         there = self._find_files(index, allow_missing)
         of_split = np.array([name in chosen for name in index.subjects])[index.subject]
@@ -219,7 +220,7 @@ class _CorruptInWorker(ShardCorruptError):
         return str(self.args[0])
 
 
-def _subjects_of(split: str | None, subjects: Sequence[str], *, fold: int, folds: int) -> set[str]:
+def subjects_of(split: str | None, subjects: Sequence[str], *, fold: int, folds: int) -> set[str]:
     """Return the subjects on one side of a fold: dealt out in the order of their ids' SHA-256."""
     if split is None:
         return set(subjects)

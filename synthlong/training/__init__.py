@@ -1,0 +1,1 @@
+"""Training the networks that find lesions: each stage a module that reads top to bottom."""

@@ -1,0 +1,112 @@
+import warnings
+
+import numpy as np
+import pytest
+from training import SCALING, write_balls
+
+from synthlong.dataset.shards import ShardDataset
+from synthlong.detection.networks import ConcatUNet
+from synthlong.errors import ConfigError, InputError, InputWarning
+from synthlong.recipe import Recipe, scaling_of
+from synthlong.training.patches import read_patches
+
+SPLIT = {"split": "train", "fold": 0, "folds": 2}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_balls(tmp_path_factory.mktemp("balls"))
+
+
+def windows(volume, side):
+    view = np.lib.stride_tricks.sliding_window_view(volume, (side, side, side))
+    return view.reshape(-1, side, side, side)
+
+
+def test_patches_are_z_scored_cuts_of_the_boxes(run):
+    patches = read_patches(run, side=8, **SPLIT)
+    baseline, followup, new = patches.draw(np.random.default_rng(0), 6, 3)
+    assert baseline.shape == followup.shape == new.shape == (6, 1, 8, 8, 8)
+    assert baseline.dtype == followup.dtype == np.float32
+    (mean0, sd0), (mean1, sd1) = SCALING
+    samples = ShardDataset(run, **SPLIT)
+    for n in range(6):
+        raw = baseline[n, 0] * sd0 + mean0
+        source = next(
+            s for s in samples if (abs(windows(s["baseline"][0].numpy(), 8) - raw) < 1e-4).all((1, 2, 3)).any()
+        )
+        place = (abs(windows(source["baseline"][0].numpy(), 8) - raw) < 1e-4).all((1, 2, 3)).argmax()
+        assert np.allclose(windows(source["followup"][0].numpy(), 8)[place], followup[n, 0] * sd1 + mean1, atol=1e-4)
+        assert np.array_equal(windows(source["new_lesions"][0].numpy(), 8)[place], new[n, 0])
+        assert n < 3 or Recipe.from_json(source["recipe"]).box.placed == "uniform"
+
+
+def test_positive_patches_hold_a_new_lesion_and_uniform_ones_reach_every_corner(run):
+    patches = read_patches(run, side=8, **SPLIT)
+    _, _, new = patches.draw(np.random.default_rng(1), 200, 100)
+    assert new[:100].any(axis=(1, 2, 3, 4)).all()
+    assert not new[100:].any(axis=(1, 2, 3, 4)).all()
+
+
+def test_draws_are_those_of_the_generator_in_any_thread(run):
+    patches = read_patches(run, side=8, **SPLIT)
+    one, two, other = (
+        p.draw(np.random.default_rng(s), 5, 2) for p, s in ((patches, 0), (patches.reopened(), 0), (patches, 1))
+    )
+    assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
+    assert not np.array_equal(one[0], other[0])
+
+
+def test_patients_are_on_one_side(run):
+    sides = [set(read_patches(run, side=8, split=s, fold=0, folds=2).subjects) for s in ("train", "validation")]
+    assert len(sides[0]) == len(sides[1]) == 2
+    assert not sides[0] & sides[1]
+
+
+def test_what_cannot_be_drawn_is_said(run, tmp_path):
+    with pytest.raises(InputError, match="nowhere: no such file or folder"):
+        read_patches(tmp_path / "nowhere", side=8, **SPLIT)
+    with pytest.raises(ConfigError, match="side = 32: larger than the boxes of 16"):
+        read_patches(run, side=32, **SPLIT)
+    write_balls(tmp_path, uniform=lambda k: False)
+    with pytest.raises(InputError, match="placed uniformly; generate pairs with `around_events`"):
+        read_patches(tmp_path, side=8, **SPLIT)
+
+
+def test_the_recipe_carries_the_z_score_of_the_whole_visit(real_case):
+    (mean, sd), _ = scaling_of(real_case)
+    seen = ConcatUNet.normalised(real_case.flair)
+    assert np.abs((real_case.flair - mean) / sd - seen).max() < 1e-3
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory, manifest):
+    """Three patients: boxes of a real scan, the follow-up brighter in the mask; the last one has nothing new."""
+    import nibabel as nib
+
+    folder = tmp_path_factory.mktemp("scans")
+    lines = ["subject,baseline,followup,mask"]
+    mask = nib.load(manifest.parent / "cs07_mask.nii.gz")
+    scan = nib.load(manifest.parent / "cs07_FLAIR.nii.gz")
+    for name, share in (("a", 1), ("b", 1), ("c", 0)):
+        new = (mask.get_fdata() > 0) * share
+        nib.save(nib.Nifti1Image(new.astype(np.uint8), mask.affine), folder / f"{name}_new.nii.gz")
+        lines.append(f"{name},../{manifest.parent.name}/cs07_FLAIR.nii.gz,{name}_followup.nii.gz,{name}_new.nii.gz")
+        data = scan.get_fdata() * (1 + 0.2 * new)
+        nib.save(nib.Nifti1Image(data.astype(np.float32), scan.affine), folder / f"{name}_followup.nii.gz")
+    (folder / "pairs.csv").write_text("\n".join(lines) + "\n")
+    return folder / "pairs.csv"
+
+
+def test_whole_scans(scans):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InputWarning)
+        patches = read_patches(scans, side=16, split="train", fold=0, folds=3)
+    baseline, followup, new = patches.draw(np.random.default_rng(0), 8, 4)
+    assert new[:4].any(axis=(1, 2, 3, 4)).all()
+    assert baseline.shape == (8, 1, 16, 16, 16)
+    change = followup - baseline
+    assert change[new > 0].mean() > np.abs(change[new == 0]).mean()
+    visit = patches._scans[0].followup
+    assert abs(visit.mean()) < 1e-3
+    assert abs(visit.std() - 1) < 1e-3

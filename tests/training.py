@@ -1,0 +1,45 @@
+"""A run whose new lesions are bright balls in noise, written without any network."""
+
+import numpy as np
+
+from synthlong.dataset.plan import make_plan, shard_config
+from synthlong.dataset.shards import Sample, canonical_json, publish, write_index, write_shard
+from synthlong.recipe import Box, Recipe
+from synthlong.synthesis import SynthesisConfig
+
+SCALING = ((0.5, 0.25), (0.75, 0.5))
+
+
+def make_pair(k, *, side, subjects, placed):
+    """Pair k: every second one of a subject has a ball."""
+    rng = np.random.default_rng(k)
+    shape = (side, side, side)
+    baseline = rng.normal(1, 0.05, shape)
+    distance = np.linalg.norm(np.indices(shape) - rng.integers(4, side - 4, (3, 1, 1, 1)), axis=0)
+    new = ((distance < 3) & (k // subjects % 2 == 0)).astype(np.uint8)
+    nothing = np.zeros(shape, np.uint8)
+    recipe = Recipe(f"sub-{k % subjects}", Box((0, 0, 0), side, placed), (), scaling=SCALING)
+    return Sample(
+        baseline=baseline,
+        followup=baseline + new,
+        new_lesions=new,
+        evolution=2 * new,
+        lesions_baseline=nothing,
+        lesions_followup=new,
+        recipe=recipe.to_json(),
+        subject=f"sub-{k % subjects}",
+    )
+
+
+def write_balls(out, *, pairs=16, side=16, subjects=4, uniform=lambda k: k // 4 % 4 < 2):
+    """Write them as `generate` would; those that are not uniform lie around events."""
+    cases = [{"subject": f"sub-{k}", "patient": f"sub-{k}", "sources": {}} for k in range(subjects)]
+    options = {"pairs": pairs, "seed": 0, "shard_size": pairs, "config": SynthesisConfig(), "assets": {}}
+    plan = make_plan(out / "cases.csv", out, cases=cases, **options)
+    placed = ["uniform" if uniform(k) else "event" for k in range(pairs)]
+    samples = [make_pair(k, side=side, subjects=subjects, placed=p) for k, p in enumerate(placed)]
+    about = {"config_json": canonical_json(shard_config(plan)), "versions_json": canonical_json(plan["versions"])}
+    sidecar = write_shard(out, 0, samples, first_index=0, compression="blosc-lz4", **about)
+    publish(out / "run.json", canonical_json(plan).encode())
+    write_index(out, plan["run_id"], [sidecar])
+    return out
