@@ -12,7 +12,8 @@ from synthlong.atlas import ASSETS
 from synthlong.dataset.shards import ShardDataset
 
 CASES = ASSETS / "cases" / "cases.csv"
-VERBS = "demo check prepare generate verify report export replay atlas fit train evaluate".split()
+VERBS = ("demo", "check", "prepare", "generate", "verify", "report", "export", "replay", "augment", "atlas", "fit")
+VERBS += ("train", "evaluate")
 
 
 def synthlong(*arguments, **options):
