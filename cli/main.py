@@ -63,6 +63,7 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code (0 done, 1 some failed, 2 usage, 3 environment, 130, 143)."""
+    ours = arguments is None  # the process, that is, and not only the call
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     if debug:
@@ -75,6 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
     except (KeyboardInterrupt, typer.Abort):
+        if ours:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only disturb what libraries do at exit
         print(f"stopped{_way_on(arguments)}", file=sys.stderr)
         return 130
     except _Terminated:
