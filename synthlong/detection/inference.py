@@ -90,8 +90,8 @@ def detect(
     """Find the lesions of the follow-up that the baseline does not have.
 
     Only what is brain in both visits is looked at: where one was cut away there is nothing to compare with, and tissue
-    beside nothing looks new. The windows begin at that brain's bounding box, so that the background around it, which
-    would take two thirds of the largest ones, changes nothing.
+    beside nothing looks new. The windows begin at that brain's bounding box: over the MNI grid, 64^3 windows would be
+    three times as many.
 
     Args:
         baseline: First visit.
@@ -103,7 +103,7 @@ def detect(
         device: Torch device.
 
     Raises:
-        InputError: The visits lie on different grids.
+        InputError: The visits lie on different grids, or their brains do not meet.
         ConfigError: An option outside its range.
     """
     if baseline.shape != followup.shape or not np.allclose(baseline.affine, followup.affine, atol=1e-3):
@@ -156,8 +156,9 @@ def probability_map(
     """Return the probability of a new lesion, `(I, J, K)`, 0 outside the brain.
 
     It is that of MONAI's `sliding_window_inference(mode="constant", overlap=1 - stride / window)` on the whole grid;
-    windows without brain are left out. On a CPU each torch thread works on windows of its own, always as many at a
-    time, so that the number of threads changes no bit, and a window's result does not depend on the others.
+    windows without brain are left out, and a grid smaller than a window is padded with its darkest value. On a CPU
+    each torch thread works on windows of its own, always as many at a time, so that the number of threads changes no
+    bit, and a window's result does not depend on the others.
 
     Args:
         networks: One network, or an ensemble of one kind.
