@@ -39,7 +39,7 @@ def two_visits(case: Case, rng: np.random.Generator, balls: int) -> tuple[NDArra
     """Return two noisy copies of a scan, the second with balls of three sizes, and where those are."""
     sites = np.argwhere(case.tissue == WHITE)
     new = np.zeros(case.shape, np.float32)
-    for radius, strength in ((1.5, 0.5), (2.5, 0.3), (4.0, 0.4)):
+    for radius, strength in ((2.0, 0.6), (3.5, 0.5), (5.0, 0.4)):
         elsewhere = np.ones(case.shape, bool)
         elsewhere[tuple(sites[rng.integers(len(sites), size=balls)].T)] = False
         new[ndimage.distance_transform_edt(elsewhere) <= radius] = strength

@@ -168,6 +168,16 @@ def test_an_ensemble_is_averaged(networks, visits):
     assert np.array_equal(slide(several[:1] * 2, visits), alone[0])
 
 
+def test_group_norms_of_large_windows_are_exact():
+    torch.manual_seed(0)
+    norm, x = torch.nn.GroupNorm(8, 8), 3 + torch.randn(2, 8, 40, 40, 40)
+    with torch.no_grad():
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+        found = inference._Norm(norm)(x.to(memory_format=torch.channels_last_3d))
+        torch.testing.assert_close(found, norm.double()(x.double()).float(), rtol=1e-5, atol=1e-5)
+
+
 def test_the_networks_stay_as_they_were(networks, visits):
     network = networks[ConcatUNet].train()
     slide([network], visits)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from synthlong.networks import UNet, UNetConfig
 
@@ -74,7 +75,7 @@ class ConcatUNet(LongitudinalUNet):
     task = "concat"
     channels = 2
     window, stride = 32, 24
-    bf16_error = 0.05  # three times the largest one seen
+    bf16_error = 0.05  # the largest one seen was 0.03
 
     @staticmethod
     def normalised(scan: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -85,6 +86,15 @@ class ConcatUNet(LongitudinalUNet):
     def forward(self, baseline: Tensor, followup: Tensor) -> Tensor:  # type: ignore[override]
         """Map two visits to logits."""
         return super(LongitudinalUNet, self).forward(torch.cat([baseline, followup], dim=1))
+
+
+class _Merge(nn.Conv3d):
+    """A 1x1x1 convolution, which torch does not do well in channels_last and float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_contiguous():
+            return super().forward(x)
+        return F.linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
 
 
 class SiameseUNet(LongitudinalUNet):
@@ -99,7 +109,7 @@ class SiameseUNet(LongitudinalUNet):
 
     def __init__(self, config: UNetConfig | None = None) -> None:
         super().__init__(config)
-        self.merge = nn.ModuleList(nn.Conv3d(2 * width, width, 1) for width in self.config.widths)
+        self.merge = nn.ModuleList(_Merge(2 * width, width, 1) for width in self.config.widths)
 
     @classmethod
     def from_segmentation(cls, segmentation: SegmentationUNet) -> Self:
