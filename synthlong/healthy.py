@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from synthlong.case import Case
 from synthlong.errors import InputError, InputWarning, short
-from synthlong.nifti import read_nifti, write_nifti
+from synthlong.nifti import read_nifti, sidecar_of, write_nifti
 
 if TYPE_CHECKING:
     from synthlong.inpainting import Inpainter
@@ -38,7 +38,7 @@ def write_healthy(path: Path, case: Case, inpainter: Inpainter) -> None:
     healthy = inpainter.fill(case.flair, case.lesions)
     write_nifti(path, healthy, case.affine)
     record = {**_made_of(case, inpainter), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    publish(_record(path), canonical_json(record).encode())
+    publish(sidecar_of(path), canonical_json(record).encode())
 
 
 def stored_healthy(case: Case, inpainter: Inpainter) -> NDArray[np.float32] | None:
@@ -47,7 +47,7 @@ def stored_healthy(case: Case, inpainter: Inpainter) -> NDArray[np.float32] | No
     if path is None:
         return None
     try:
-        record = json.loads(_record(path).read_bytes())
+        record = json.loads(sidecar_of(path).read_bytes())
         now = _made_of(case, inpainter)
         other = [key for key in now if record.get(key) != now[key]]
         volume = read_nifti(path)
@@ -60,10 +60,6 @@ def stored_healthy(case: Case, inpainter: Inpainter) -> NDArray[np.float32] | No
         warnings.warn(text, InputWarning, stacklevel=3)
         return None
     return np.ascontiguousarray(volume.data)
-
-
-def _record(path: Path) -> Path:
-    return path.with_name(path.name.split(".nii")[0] + ".json")
 
 
 def _made_of(case: Case, inpainter: Inpainter) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -30,7 +30,12 @@ __all__ = [
     "default_precision",
     "infer",
     "one_thread",
+    "settled",
 ]
+
+
+_Config = TypeVar("_Config", bound=Any)
+"""A dataclass with `device` and `precision`."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,18 @@ def default_precision(device: str = "cpu") -> Literal["bf16", "float32"]:
         return "bf16" if torch.cuda.is_bf16_supported() else "float32"
     native = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every torch
     return "bf16" if any(getattr(torch.cpu, name, bool)() for name in native) else "float32"
+
+
+def settled(config: _Config) -> _Config:
+    """Return a config whose device is usable here, with precision "auto" made definite for it.
+
+    Raises:
+        ConfigError: Torch cannot compute on its device.
+    """
+    check_device(config.device)
+    if config.precision != "auto":
+        return config
+    return replace(config, precision=default_precision(config.device))
 
 
 def infer(network: UNet, x: NDArray, *, precision: str, device: str = "cpu") -> NDArray[np.float32]:

@@ -29,7 +29,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from synthlong.errors import ConfigError, InputError, OutputError
 
-__all__ = ["Volume", "read_nifti", "write_nifti"]
+__all__ = ["Volume", "read_nifti", "sidecar_of", "write_nifti"]
 
 _LONGEST_SIDE = 2048
 _MOST_VOXELS = 10**9
@@ -170,6 +170,11 @@ def write_nifti(
     finally:
         with suppress(OSError):  # gone already if all went well
             temporary.unlink()
+
+
+def sidecar_of(path: Path) -> Path:
+    """Return where the JSON that belongs to a file lies: beside it, under its name."""
+    return path.with_name(path.name.split(".nii")[0] + ".json")
 
 
 def _pieces(stream: BinaryIO, digest: Any) -> Iterator[bytes]:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ from synthlong.dataset.shards import (
 from synthlong.dataset.store import open_case
 from synthlong.errors import ConfigError, InputError, OutputError
 from synthlong.manifest import find_cases
-from synthlong.networks import check_device, default_precision
+from synthlong.networks import settled
 from synthlong.pair import Pair, render
 from synthlong.recipe import draw_recipe, rng_of
 from synthlong.synthesis import SynthesisConfig
@@ -129,10 +129,7 @@ def generate(
         if value < low:
             raise ConfigError(f"{name} = {value}: must be {low} or more")
     workers = workers if workers > 0 else processors()
-    config = config or SynthesisConfig()
-    check_device(config.device)
-    if config.precision == "auto":
-        config = replace(config, precision=default_precision(config.device))
+    config = settled(config or SynthesisConfig())
     files, assets = find_cases(source), asset_hashes(config)
     options: dict[str, Any] = {"pairs": pairs, "seed": seed, "shard_size": shard_size}
     options |= {"config": config, "assets": assets, "prefer": prefer}

@@ -10,7 +10,6 @@ pairs; block j belongs to rank j mod R, and its blocks go to the workers in turn
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from synthlong.dataset.shards import IMAGES, VOLUMES, seeded
 from synthlong.errors import ConfigError, SynthlongError
 from synthlong.inpainting import Inpainter, heal
 from synthlong.lesions import LesionBank
-from synthlong.networks import check_device, default_precision, one_thread
+from synthlong.networks import one_thread, settled
 from synthlong.pair import Painter, render
 from synthlong.recipe import draw_recipe, rng_of
 from synthlong.synthesis import SynthesisConfig
@@ -96,11 +95,8 @@ class PairStream(IterableDataset[dict[str, Any]]):
         self.seed, self.pairs, self.batch_size, self.transform = seed, pairs, batch_size, transform
         self._rank, self._world_size = rank, world_size
         self._batches()  # raises if an epoch is too short for the ranks
-        config = config or SynthesisConfig()
-        check_device(config.device)
-        if config.precision == "auto":
-            config = replace(config, precision=default_precision(config.device))
-        self.config, self._assets = config, asset_hashes(config)
+        self.config = config = settled(config or SynthesisConfig())
+        self._assets = asset_hashes(config)
         self._next, self._restored = [0, 0], False  # epoch and batch that a loader's next pass begins with
         self._pass = torch.zeros(2, dtype=torch.int64).share_memory_()  # those of the pass at work, for its workers
         self._goes_on = False  # in a loader's workers: its passes may begin in mid-epoch

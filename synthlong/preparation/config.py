@@ -43,6 +43,16 @@ class PreparationConfig(Options):
     device: str = "cpu"
     spacing_mm: float = 0.5
 
+    @property
+    def space(self) -> str:
+        """Where the scans end up, as file names have it."""
+        return "MNI152" if self.recipe == "kamraoui" else "halfway"
+
+    @property
+    def fills(self) -> bool:
+        """Whether lesions are filled."""
+        return self.healthy and self.recipe == "kamraoui"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check(("recipe",), lambda v: v in ("kamraoui", "schmidt"), "kamraoui or schmidt")

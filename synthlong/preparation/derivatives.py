@@ -18,6 +18,7 @@ import numpy as np
 
 import synthlong
 from synthlong.errors import InputError
+from synthlong.nifti import sidecar_of
 from synthlong.resampling import Grid, Native
 
 __all__ = ["FIGURES", "description", "figure_name", "file_name", "read_native", "read_record", "sha256_of", "way_name"]
@@ -54,7 +55,7 @@ def read_record(flair: str | Path) -> dict[str, Any] | None:
         InputError: The record is damaged.
     """
     flair = Path(flair)
-    path = flair.with_name(flair.name.split(".nii")[0] + ".json")
+    path = sidecar_of(flair)
     try:
         data = path.read_bytes()
         if "_space-" not in path.name and b'"synthlong"' not in data:  # another tool's, in whatever encoding

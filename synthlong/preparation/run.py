@@ -1,8 +1,7 @@
 """A preparation: all scans of a manifest or BIDS folder, patients in parallel, each written whole or not at all.
 
 OUT/sub-...                     the files of `derivatives`
-OUT/prepared.csv                a line per scan: status, figures, flags
-OUT/pairs.csv                   baseline, follow-up and mask of the new lesions, where those are known
+OUT/prepared.csv, pairs.csv     those of `tables`
 OUT/dataset_description.json
 """
 
@@ -29,7 +28,7 @@ from synthlong.dataset.run import processors
 from synthlong.dataset.writer import canonical_json, publish
 from synthlong.errors import ConfigError, InputError, InputWarning, OutputError, SynthlongError, short
 from synthlong.inpainting import Inpainter
-from synthlong.networks import check_device, default_precision, one_thread
+from synthlong.networks import one_thread, settled
 from synthlong.preparation.config import PreparationConfig
 from synthlong.preparation.derivatives import FIGURES, description, file_name, read_record, sha256_of
 from synthlong.preparation.scans import Scan, find_scans, visits_of
@@ -78,15 +77,11 @@ class _Task:
     def subject(self) -> str:
         return self.scans[0].subject
 
-    @property
-    def space(self) -> str:
-        return "MNI152" if self.config.recipe == "kamraoui" else "halfway"
-
     def flair(self, scan: Scan) -> Path:
-        return self.out / file_name(scan.id, "FLAIR.nii.gz", space=self.space)
+        return self.out / file_name(scan.id, "FLAIR.nii.gz", space=self.config.space)
 
     def record(self, scan: Scan) -> Path:
-        return self.out / file_name(scan.id, "FLAIR.json", space=self.space)
+        return self.out / file_name(scan.id, "FLAIR.json", space=self.config.space)
 
 
 def prepare(
@@ -121,10 +116,7 @@ def prepare(
         InputError: No scan; no such weights.
         OutputError: `out` cannot be written, or another process writes there.
     """
-    config = config or PreparationConfig()
-    check_device(config.device)
-    if config.precision == "auto":
-        config = replace(config, precision=default_precision(config.device))
+    config = settled(config or PreparationConfig())
     if isinstance(source, (str, Path)):
         scans = find_scans(source, participants=participants, brain_mask=brain_mask)
     else:
@@ -168,7 +160,7 @@ def _check(out: Path, scans: Sequence[Scan], config: PreparationConfig) -> None:
     load_ants()
     if config.recipe == "kamraoui" and any(scan.brain is None or scan.t1 is not None for scan in scans):
         load_hd_bet()
-    if config.recipe == "kamraoui" and config.healthy:
+    if config.fills:
         _inpainter(config)
     other = "halfway" if config.recipe == "kamraoui" else "MNI152"
     if any(out.glob(f"sub-*_space-{other}_FLAIR.nii.gz")):
@@ -235,11 +227,10 @@ def _stamp(task: _Task) -> dict[str, Any]:
     """Return what the files of a subject depend on."""
     config = task.config.as_dict()
     del config["inpainter"]
-    fills = task.config.recipe == "kamraoui" and task.config.healthy
     return {
         "scans": {scan.id: {role: sha256_of(path) for role, path in scan.files.items()} for scan in task.scans},
         "config": config,
-        "inpainter": sha256_of(Path(task.config.inpainter or Inpainter.default_path())) if fills else None,
+        "inpainter": sha256_of(Path(task.config.inpainter or Inpainter.default_path())) if task.config.fills else None,
         "prefer": task.prefer,
         "versions": {"synthlong": synthlong.__version__, **{name: _version(name) for name in _TOOLS}},
     }
@@ -263,24 +254,23 @@ def _prepare(task: _Task) -> _Task:
     try:
         (folder / FIGURES).mkdir(parents=True)
         stamp = _stamp(task)
-        fills = task.config.recipe == "kamraoui" and task.config.healthy
         with warnings.catch_warnings(record=True) as caught, one_thread():
             warnings.simplefilter("always", InputWarning)
             records = prepare_subject(
                 task.scans,
                 folder,
                 task.config,
-                inpainter=_inpainter(task.config) if fills else None,
+                inpainter=_inpainter(task.config) if task.config.fills else None,
                 prefer=task.prefer,
                 report=_step,
             )
         for scan, record in zip(task.scans, records, strict=True):
-            names = [p.relative_to(folder).as_posix() for p in _files_of(folder, scan, task.space)]
+            names = [p.relative_to(folder).as_posix() for p in _files_of(folder, scan, task.config.space)]
             plain = {
                 "scan": scan.id,
                 "subject": scan.subject,
                 "session": scan.session,
-                "space": task.space,
+                "space": task.config.space,
                 "visits": [visit.id for visit in task.scans],
                 "SkullStripped": task.config.recipe == "kamraoui",
                 "native": record.native,
@@ -326,10 +316,10 @@ def _move(task: _Task, folder: Path) -> None:
     for scan in task.scans:
         task.flair(scan).unlink(missing_ok=True)
     for scan in task.scans:
-        for path in _files_of(task.out, scan, task.space):
+        for path in _files_of(task.out, scan, task.config.space):
             path.unlink(missing_ok=True)
     last = {task.flair(scan).name for scan in task.scans}
-    paths = [path for scan in task.scans for path in _files_of(folder, scan, task.space)]
+    paths = [path for scan in task.scans for path in _files_of(folder, scan, task.config.space)]
     for path in sorted(paths, key=lambda p: p.name in last):
         path.replace(task.out / path.relative_to(folder))
 

@@ -45,13 +45,11 @@ class Record:
     """What became of one scan.
 
     Args:
-        scan: The scan's id.
         native: Grid of the scan and name of the transform, as plain JSON.
         figures: How well it went.
         flags: What looks wrong.
     """
 
-    scan: str
     native: dict[str, object]
     figures: dict[str, object]
     flags: list[str]
@@ -155,7 +153,7 @@ def prepare_subject(
         picture = picture_of(case.flair, case.lesions | case.new_lesions)
         (folder / figure_name(visit.scan.id)).write_bytes(png_bytes(picture))
         native = _write_way(visit.scan, visit.head.grid, way, folder, space="MNI152")
-        records.append(Record(visit.scan.id, native, figures.as_dict(), flags_of(figures)))
+        records.append(Record(native, figures.as_dict(), flags_of(figures)))
     return records
 
 
@@ -356,6 +354,6 @@ def _halfway(
         if drawn is not None:
             write("desc-newlesions_mask.nii.gz", _carried(drawn, way, target))
         native = _write_way(scan, grid, way, folder, space="halfway")
-        records.append(Record(scan.id, native, {"mean": mean, "sd": sd}, []))
+        records.append(Record(native, {"mean": mean, "sd": sd}, []))
         report()
     return records
