@@ -51,10 +51,12 @@ class Method:
 
     @property
     def preset(self) -> str:
+        """Its artifacts."""
         return "kamraoui" if self.artifacts else "none"
 
     @property
     def trainable(self) -> str:
+        """What is not frozen."""
         return "decoder" if self.transfer else "all"
 
 
@@ -93,6 +95,7 @@ class Scale:
     seed: int
 
     def shared(self) -> dict[str, object]:
+        """Return what all stages have in common."""
         plain = {"steps": self.steps, "side": self.side, "batch": self.batch, "seed": self.seed, "folds": 1}
         return {**plain, "learning_rate": self.learning_rate, "schedule": "cosine", "report_every": self.steps}
 

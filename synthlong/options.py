@@ -18,6 +18,8 @@ __all__ = ["Options"]
 class Options:
     """Base of the configs; a subclass calls `super().__post_init__()`, then `check` for each range.
 
+    An option may be a config itself: a table in a file, whose options overrule those of its default.
+
     Attributes:
         PATHS: Names of the options that are paths; in a file they are relative to it.
     """
@@ -45,13 +47,21 @@ class Options:
             values = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"{short(path)}: not a readable TOML file ({error})") from error
-        for key in cls.PATHS:
-            if isinstance(values.get(key), str):
-                values[key] = str((path.parent / values[key]).resolve())
+        cls._resolve_paths(values, path.parent)
         try:
             return cls.from_dict(values | overruling)
         except ConfigError as error:
             raise ConfigError(f"{short(path)}: {error}") from error
+
+    @classmethod
+    def _resolve_paths(cls, values: dict[str, Any], folder: Path) -> None:
+        """Make the paths of a file absolute, those of its tables too."""
+        for key in cls.PATHS:
+            if isinstance(values.get(key), str):
+                values[key] = str((folder / values[key]).resolve())
+        for option in fields(cls):
+            if isinstance(option.default, Options) and isinstance(values.get(option.name), dict):
+                option.default._resolve_paths(values[option.name], folder)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -67,7 +77,8 @@ class Options:
     def as_dict(self) -> dict[str, Any]:
         """Return the config as plain JSON."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+        plain = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+        return {name: v.as_dict() if isinstance(v, Options) else v for name, v in plain.items()}
 
     def check(self, names: tuple[str, ...], good: Callable[[Any], bool], range_: str) -> None:
         """Raise a ConfigError that names the option, its value and its range."""
@@ -85,6 +96,11 @@ def _plain(name: str, value: Any, default: Any) -> Any:
             raise TypeError
         return float(v)
 
+    if isinstance(default, Options) and isinstance(value, dict):
+        try:
+            return default.from_dict(default.as_dict() | value)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
     kinds = {float: "a number", int: "a whole number", bool: "true or false", tuple: "a list of numbers"}
     try:
         if isinstance(default, float):

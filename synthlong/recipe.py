@@ -30,7 +30,7 @@ from synthlong.synthesis import SynthesisConfig
 if TYPE_CHECKING:
     from synthlong.artifacts import RandomAcquisition
 
-__all__ = ["Artifacts", "Box", "LesionEvent", "Orientation", "Recipe", "draw_recipe", "rng_of"]
+__all__ = ["Artifacts", "Box", "LesionEvent", "Orientation", "Recipe", "draw_orientation", "draw_recipe", "rng_of"]
 
 VERSION = 1
 _PLACEMENT_TRIES = 20
@@ -302,7 +302,7 @@ def draw_recipe(case: Case, config: SynthesisConfig, rng: np.random.Generator) -
         case_id=case.id,
         box=_draw_box(rng, config, case, lesions, events, masks),
         events=tuple(events),
-        orientation=_draw_orientation(rng, config),
+        orientation=draw_orientation(rng, config.orientations),
         scaling=scaling_of(case),
         origin_mm=(float(case.affine[0, 3]), float(case.affine[1, 3]), float(case.affine[2, 3])),
         max_event_mm3=float(config.max_event_mm3),
@@ -458,11 +458,11 @@ def scaling_of(case: Case) -> tuple[tuple[float, float], tuple[float, float]]:
     return case.derived["scaling"], case.derived["scaling"]
 
 
-def _draw_orientation(rng: np.random.Generator, config: SynthesisConfig) -> Orientation:
-    """Draw one orientation for both visits."""
-    if config.orientations == "none":
+def draw_orientation(rng: np.random.Generator, among: str) -> Orientation:
+    """Draw an orientation among "all" 48, by "mirror" only (left-right), or "none"."""
+    if among == "none":
         return Orientation()
-    if config.orientations == "mirror":
+    if among == "mirror":
         return Orientation(flips=(bool(rng.random() < 0.5), False, False))
     i, j, k = (int(a) for a in rng.permutation(3))
     a, b, c = (bool(f) for f in rng.random(3) < 0.5)

@@ -2,7 +2,7 @@ import warnings
 
 import numpy as np
 import pytest
-from training import SCALING, write_balls
+from training import SCALING, write_balls, write_scans
 
 from synthlong.dataset.shards import ShardDataset
 from synthlong.detection.networks import ConcatUNet
@@ -81,21 +81,7 @@ def test_the_recipe_carries_the_z_score_of_the_whole_visit(real_case):
 
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory, manifest):
-    """Three patients: boxes of a real scan, the follow-up brighter in the mask; the last one has nothing new."""
-    import nibabel as nib
-
-    folder = tmp_path_factory.mktemp("scans")
-    lines = ["subject,baseline,followup,mask"]
-    mask = nib.load(manifest.parent / "cs07_mask.nii.gz")
-    scan = nib.load(manifest.parent / "cs07_FLAIR.nii.gz")
-    for name, share in (("a", 1), ("b", 1), ("c", 0)):
-        new = (mask.get_fdata() > 0) * share
-        nib.save(nib.Nifti1Image(new.astype(np.uint8), mask.affine), folder / f"{name}_new.nii.gz")
-        lines.append(f"{name},../{manifest.parent.name}/cs07_FLAIR.nii.gz,{name}_followup.nii.gz,{name}_new.nii.gz")
-        data = scan.get_fdata() * (1 + 0.2 * new)
-        nib.save(nib.Nifti1Image(data.astype(np.float32), scan.affine), folder / f"{name}_followup.nii.gz")
-    (folder / "pairs.csv").write_text("\n".join(lines) + "\n")
-    return folder / "pairs.csv"
+    return write_scans(tmp_path_factory.mktemp("scans"), manifest)
 
 
 def test_whole_scans(scans):
@@ -107,6 +93,6 @@ def test_whole_scans(scans):
     assert baseline.shape == (8, 1, 16, 16, 16)
     change = followup - baseline
     assert change[new > 0].mean() > np.abs(change[new == 0]).mean()
-    visit = patches._scans[0].followup
+    visit = patches._scans[0].visits[1]
     assert abs(visit.mean()) < 1e-3
     assert abs(visit.std() - 1) < 1e-3

@@ -1,5 +1,6 @@
-"""A run whose new lesions are bright balls in noise, written without any network."""
+"""What trainings read: a run whose new lesions are bright balls in noise, pairs of scans."""
 
+import nibabel as nib
 import numpy as np
 
 from synthlong.dataset.plan import make_plan, shard_config
@@ -43,3 +44,18 @@ def write_balls(out, *, pairs=16, side=16, subjects=4, uniform=lambda k: k // 4 
     publish(out / "run.json", canonical_json(plan).encode())
     write_index(out, plan["run_id"], [sidecar])
     return out
+
+
+def write_scans(folder, manifest):
+    """Three patients: boxes of a real scan, the follow-up brighter in the mask; the last one has nothing new."""
+    lines = ["subject,baseline,followup,mask"]
+    mask = nib.load(manifest.parent / "cs07_mask.nii.gz")
+    scan = nib.load(manifest.parent / "cs07_FLAIR.nii.gz")
+    for name, share in (("a", 1), ("b", 1), ("c", 0)):
+        new = (mask.get_fdata() > 0) * share
+        nib.save(nib.Nifti1Image(new.astype(np.uint8), mask.affine), folder / f"{name}_new.nii.gz")
+        lines.append(f"{name},../{manifest.parent.name}/cs07_FLAIR.nii.gz,{name}_followup.nii.gz,{name}_new.nii.gz")
+        data = scan.get_fdata() * (1 + 0.2 * new)
+        nib.save(nib.Nifti1Image(data.astype(np.float32), scan.affine), folder / f"{name}_followup.nii.gz")
+    (folder / "pairs.csv").write_text("\n".join(lines) + "\n")
+    return folder / "pairs.csv"

@@ -35,7 +35,7 @@ class PreparedCases:
     """Cases on disk, opened by number, in the order of their ids; pickled without their arrays.
 
     Args:
-        cases: Manifest or folder of cases in MNI space, or the cases; those without `healthy` get it.
+        cases: Manifest or folder of cases in MNI space, or the cases or their files; those without `healthy` get it.
         config: How pairs are drawn from them.
         assets: Result of `asset_hashes`.
         heal: Gives a case its healthy volume.
@@ -52,7 +52,7 @@ class PreparedCases:
 
     def __init__(
         self,
-        cases: str | Path | Iterable[Case],
+        cases: str | Path | Iterable[CaseFiles | Case],
         config: SynthesisConfig,
         assets: dict[str, str],
         *,
@@ -102,7 +102,7 @@ def plain_hash(plain: Any) -> str:
     return hashlib.sha256(canonical_json(plain).encode()).hexdigest()[:16]
 
 
-def _found(cases: str | Path | Iterable[Case]) -> list[CaseFiles | Case]:
+def _found(cases: str | Path | Iterable[CaseFiles | Case]) -> list[CaseFiles | Case]:
     """Return the cases or their files, sorted by id."""
     if isinstance(cases, (str, Path)):
         return list(find_cases(cases))
@@ -110,8 +110,8 @@ def _found(cases: str | Path | Iterable[Case]) -> list[CaseFiles | Case]:
     if not found:
         raise ConfigError("cases is empty: give at least one")
     for one, other in pairwise(found):
-        if one.id == other.id:
-            raise InputError(one.id, "two cases have this id", "give each its own")
+        if _id(one) == _id(other):
+            raise InputError(_id(one), "two cases have this id", "give each its own")
     return list(found)
 
 

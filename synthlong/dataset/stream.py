@@ -27,6 +27,7 @@ from synthlong.dataset.shards import IMAGES, VOLUMES, seeded
 from synthlong.errors import ConfigError, SynthlongError
 from synthlong.inpainting import Inpainter, heal
 from synthlong.lesions import LesionBank
+from synthlong.manifest import CaseFiles
 from synthlong.networks import one_thread, settled
 from synthlong.pair import Painter, render
 from synthlong.recipe import draw_recipe, rng_of
@@ -48,7 +49,7 @@ class PairStream(IterableDataset[dict[str, Any]]):
     workers must be spawned (`multiprocessing_context="spawn"`).
 
     Args:
-        cases: Manifest or folder of cases in MNI space, or the cases; those without `healthy` get it.
+        cases: Manifest or folder of cases in MNI space, or the cases or their files; those without `healthy` get it.
         config: How pairs are drawn.
         seed: Seed of every draw, 0 or more.
         pairs: Pairs in an epoch, over all ranks and workers. Several ranks get the same number of whole batches;
@@ -72,7 +73,7 @@ class PairStream(IterableDataset[dict[str, Any]]):
 
     def __init__(
         self,
-        cases: str | Path | Iterable[Case],
+        cases: str | Path | Iterable[CaseFiles | Case],
         config: SynthesisConfig | None = None,
         seed: int = 0,
         *,

@@ -1,38 +1,44 @@
-"""Where patches of two visits come from: shards, or whole scans.
+"""Where patches come from: shards, or whole scans of two visits or one.
 
-    rng -> positive patches, then uniform ones: z-scored visits, and where lesions are new
+    rng -> positive patches, then uniform ones: the visits, and where lesions are new
 
 A *positive* patch holds a voxel of a new lesion: one drawn from all those of a drawn pair, anywhere in the patch. A
 *uniform* one lies at random within the brain's bounding box. In shards only the boxes that were themselves placed
-uniformly give those: boxes around events are fuller of lesions than brains are.
+uniformly give those: boxes around events are fuller of lesions than brains are. Of single visits it is any lesion.
 
-Visits are z-scored by mean and standard deviation of the whole scan, background included, as `ConcatUNet.normalised`
-does it; a box could not give them, so its recipe carries both (`Recipe.scaling`).
+Visits have brain mode 1, or, for `ConcatUNet`, are z-scored by mean and standard deviation of the whole scan,
+background included; a box could not give them, so its recipe carries both (`Recipe.scaling`).
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from synthlong.case import read_case
+from synthlong.case import Case, read_case
 from synthlong.dataset.shards import ShardDataset, subjects_of
-from synthlong.detection.networks import ConcatUNet
+from synthlong.detection.networks import ConcatUNet, LongitudinalUNet, SegmentationUNet
 from synthlong.errors import ConfigError, InputError, InputWarning
 from synthlong.hole import grown_box
-from synthlong.manifest import check_ids, manifest_rows
+from synthlong.manifest import CaseFiles, check_ids, find_cases, manifest_rows
 from synthlong.recipe import Recipe
 
-__all__ = ["Patches", "ScanPatches", "ShardPatches", "read_patches"]
+__all__ = ["Drawn", "Patches", "ScanPatches", "ShardPatches", "read_patches"]
 
-Drawn = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.uint8]]
-"""Baseline, follow-up and new lesions, `(N, 1, S, S, S)` each."""
+Drawn = tuple[NDArray[Any], ...]
+"""Visits, float32, then new lesions (or of one visit all of them), uint8; `(N, 1, S, S, S)` each."""
+
+Network = type[LongitudinalUNet] | type[SegmentationUNet]
+
+_AS_IT_IS = (0.0, 1.0)
 
 
 class Patches(Protocol):
@@ -47,15 +53,19 @@ class Patches(Protocol):
         """Return the same patches for use in another thread."""
 
 
-def read_patches(source: Path, *, side: int, split: str, fold: int, folds: int) -> Patches:
-    """Return the patches of a run's folder, or of a manifest of whole scans.
+def read_patches(
+    source: Path, *, side: int, split: str | None, fold: int, folds: int, network: Network = ConcatUNet
+) -> Patches:
+    """Return the patches of a run's folder, or of whole scans.
 
     Args:
-        source: Folder that `synthlong generate` wrote, or a CSV file with columns `subject,baseline,followup,mask`.
+        source: Folder that `synthlong generate` wrote, or a CSV file with columns `subject,baseline,followup,mask`;
+            for `SegmentationUNet` a manifest or folder of cases, see `find_cases`.
         side: Edge of a patch in voxels.
-        split: "train" or "validation", by patient.
+        split: "train" or "validation", by patient; None: all.
         fold: Which of the `folds` parts of the patients is for validation.
         folds: Number of parts.
+        network: Whose intensities they have, and one visit or two.
 
     Raises:
         InputError: It cannot be read, or it has no new lesions or no uniform boxes.
@@ -63,14 +73,20 @@ def read_patches(source: Path, *, side: int, split: str, fold: int, folds: int) 
     """
     if not source.exists():
         raise InputError(source, "no such file or folder", "pass what `generate` wrote, or a manifest (CSV)")
-    kind = ShardPatches if source.is_dir() else ScanPatches
-    return kind(source, side=side, split=split, fold=fold, folds=folds)
+    options: dict[str, Any] = {"side": side, "split": split, "fold": fold, "folds": folds}
+    if issubclass(network, SegmentationUNet):
+        return ScanPatches(source, _visits(source), wanted="lesion", **options)
+    if source.is_dir():
+        return ShardPatches(source, z_scored=network is ConcatUNet, **options)
+    return ScanPatches(source, _pairs(source, network.normalised), wanted="new lesion", **options)
 
 
 class ShardPatches:
     """Patches of a run; see `read_patches`. Recipes and masks of all samples are read once when it is made."""
 
-    def __init__(self, out: Path, *, side: int, split: str, fold: int, folds: int) -> None:
+    def __init__(
+        self, out: Path, *, side: int, split: str | None, fold: int, folds: int, z_scored: bool = True
+    ) -> None:
         keys = ("baseline", "followup", "new_lesions")
         self._samples = ShardDataset(out, keys=keys, split=split, fold=fold, folds=folds)
         self.subjects, self._side = self._samples.subjects, side
@@ -82,16 +98,16 @@ class ShardPatches:
             recipe = Recipe.from_json(sample["recipe"])
             if side > recipe.box.size:
                 raise ConfigError(f"side = {side}: larger than the boxes of {recipe.box.size} voxels")
-            self._scaling.append(recipe.scaling)
+            self._scaling.append(recipe.scaling if z_scored else (_AS_IT_IS, _AS_IT_IS))
             placed.append(recipe.box.placed)
             full.append(bool(sample["new_lesions"].any()))
         self._uniform = np.flatnonzero([place == "uniform" for place in placed])
         self._positive = np.flatnonzero(full)
         if not len(self._uniform):
-            problem = f"no box of its {split} patients was placed uniformly"
+            problem = "no box of its patients was placed uniformly"
             raise InputError(out, problem, "generate pairs with `around_events` below 1")
         if not len(self._positive):
-            raise InputError(out, f"no box of its {split} patients holds a new lesion", "generate more pairs")
+            raise InputError(out, "no box of its patients holds a new lesion", "generate more pairs")
 
     def reopened(self) -> Self:
         """Return the same patches for use in another thread."""
@@ -101,7 +117,7 @@ class ShardPatches:
 
     def draw(self, rng: np.random.Generator, count: int, positive: int) -> Drawn:
         """Draw patches; see `Patches.draw`."""
-        drawn = _room(count, self._side)
+        drawn = _room(count, self._side, visits=2)
         for n in range(count):
             rows = self._positive if n < positive else self._uniform
             row = int(rows[rng.integers(len(rows))])
@@ -116,18 +132,41 @@ class ShardPatches:
 
 
 class ScanPatches:
-    """Patches of whole scans; see `read_patches`. They stay in memory, 65 MB for a pair on the MNI grid."""
+    """Patches of whole scans; see `read_patches`. They stay in memory, 65 MB for a pair on the MNI grid.
 
-    def __init__(self, manifest: Path, *, side: int, split: str, fold: int, folds: int) -> None:
-        rows = list(manifest_rows(manifest, needed=("baseline", "followup", "mask"), optional=()))
-        check_ids(manifest, [subject for subject, _, _ in rows])
-        files = {subject: paths for subject, _, paths in rows}
-        chosen = subjects_of(split, sorted(files), fold=fold, folds=folds)
+    Args:
+        source: Where they were listed, for messages.
+        readers: What reads the scans of each patient.
+        wanted: What positive patches hold.
+        side: See `read_patches`, as the others.
+        split: "train" or "validation"; None: all patients.
+        fold: Part for validation.
+        folds: Number of parts.
+    """
+
+    def __init__(
+        self,
+        source: Path,
+        readers: dict[str, list[Callable[[], _Scans]]],
+        *,
+        wanted: str,
+        side: int,
+        split: str | None,
+        fold: int,
+        folds: int,
+    ) -> None:
+        chosen = subjects_of(split, sorted(readers), fold=fold, folds=folds)
         self.subjects, self._side = sorted(chosen), side
-        self._scans = [_Scans.read(side=side, subject=subject, **files[subject]) for subject in self.subjects]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(?s).*no lesion in the mask", InputWarning)  # true of many patients
+            self._scans = [read() for subject in self.subjects for read in readers[subject]]
+        for scans in self._scans:
+            if min(scans.mask.shape) < side:
+                problem = f"it has a side below the {side} voxels of a patch"
+                raise InputError(scans.name, problem, "pass a larger scan")
         self._positive = [scans for scans in self._scans if len(scans.voxels)]
         if not self._positive:
-            raise InputError(manifest, f"none of its {split} patients has a new lesion", "add some, or choose a fold")
+            raise InputError(source, f"none of its patients has a {wanted}", "add some, or choose a fold")
 
     def reopened(self) -> Self:
         """Return the same patches: threads may share them."""
@@ -135,44 +174,75 @@ class ScanPatches:
 
     def draw(self, rng: np.random.Generator, count: int, positive: int) -> Drawn:
         """Draw patches; see `Patches.draw`."""
-        drawn = _room(count, self._side)
+        drawn = _room(count, self._side, visits=len(self._scans[0].visits))
         for n in range(count):
             among = self._positive if n < positive else self._scans
             scans = among[int(rng.integers(len(among)))]
             voxels = scans.voxels if n < positive else None
-            patch = _draw_place(rng, self._side, scans.bounds, scans.new.shape, voxels)
-            drawn[0][n, 0], drawn[1][n, 0] = scans.baseline[patch], scans.followup[patch]
-            drawn[2][n, 0] = scans.new[patch]
+            patch = _draw_place(rng, self._side, scans.bounds, scans.mask.shape, voxels)
+            volumes: tuple[NDArray[Any], ...] = (*scans.visits, scans.mask)
+            for room, volume in zip(drawn, volumes, strict=True):
+                room[n, 0] = volume[patch]
         return drawn
 
 
 @dataclass(frozen=True, eq=False)
 class _Scans:
-    """Both visits of a patient, z-scored, and where their lesions are new: mask and flat indices of its voxels."""
+    """The visits of a patient as a network sees them, and a mask of the last one, with flat indices of its voxels."""
 
-    baseline: NDArray[np.float32]
-    followup: NDArray[np.float32]
-    new: NDArray[np.uint8]
+    name: str
+    visits: tuple[NDArray[np.float32], ...]
+    mask: NDArray[np.uint8]
     voxels: NDArray[np.int64]
     bounds: tuple[slice, ...]
 
     @classmethod
-    def read(cls, *, side: int, subject: str, baseline: Path, followup: Path, mask: Path) -> Self:
-        """Read them as `detect` would see them."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "(?s).*no lesion in the mask", InputWarning)  # true of many patients
-            before, after = (read_case(visit, mask, subject=subject) for visit in (baseline, followup))
-        if before.shape != after.shape or not np.allclose(before.affine, after.affine, atol=1e-3):
-            raise InputError(followup, "its grid is not that of the baseline", "resample one onto the other's grid")
-        if min(after.shape) < side:
-            raise InputError(followup, f"it has a side below the {side} voxels of a patch", "pass a larger scan")
-        seen, bounds = ConcatUNet.normalised, grown_box((before.brain | after.brain) > 0, 0)
-        return cls(seen(before.flair), seen(after.flair), after.lesions, np.flatnonzero(after.lesions), bounds)
+    def of(cls, name: str, seen: Callable[[NDArray[np.float32]], NDArray[np.float32]], *cases: Case) -> Self:
+        """Take what is needed from each visit."""
+        brain, mask = np.logical_or.reduce([case.brain > 0 for case in cases]), cases[-1].lesions
+        visits = tuple(seen(case.flair) for case in cases)
+        return cls(name, visits, mask, np.flatnonzero(mask), grown_box(brain, 0))
 
 
-def _room(count: int, side: int) -> Drawn:
+def _visits(source: Path) -> dict[str, list[Callable[[], _Scans]]]:
+    """Return what reads the visits of each patient, each by itself."""
+    readers: dict[str, list[Callable[[], _Scans]]] = {}
+    for files in find_cases(source):
+        readers.setdefault(files.patient, []).append(partial(_read_visit, files))
+    return readers
+
+
+def _pairs(
+    manifest: Path, seen: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+) -> dict[str, list[Callable[[], _Scans]]]:
+    """Return what reads both visits of each patient."""
+    rows = list(manifest_rows(manifest, needed=("baseline", "followup", "mask"), optional=()))
+    check_ids(manifest, [subject for subject, _, _ in rows])
+    return {subject: [partial(_read_pair, seen, subject=subject, **paths)] for subject, _, paths in rows}
+
+
+def _read_visit(files: CaseFiles) -> _Scans:
+    return _Scans.of(files.flair.name, lambda scan: scan, files.read())
+
+
+def _read_pair(
+    seen: Callable[[NDArray[np.float32]], NDArray[np.float32]],
+    *,
+    subject: str,
+    baseline: Path,
+    followup: Path,
+    mask: Path,
+) -> _Scans:
+    """Read them as `detect` would see them."""
+    before, after = (read_case(visit, mask, subject=subject) for visit in (baseline, followup))
+    if before.shape != after.shape or not np.allclose(before.affine, after.affine, atol=1e-3):
+        raise InputError(followup, "its grid is not that of the baseline", "resample one onto the other's grid")
+    return _Scans.of(followup.name, seen, before, after)
+
+
+def _room(count: int, side: int, *, visits: int) -> Drawn:
     shape = (count, 1, side, side, side)
-    return np.empty(shape, np.float32), np.empty(shape, np.float32), np.empty(shape, np.uint8)
+    return (*(np.empty(shape, np.float32) for _ in range(visits)), np.empty(shape, np.uint8))
 
 
 def _draw_place(

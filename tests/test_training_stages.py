@@ -1,0 +1,295 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from running import started, wait_for
+from synthlong_cli.main import main
+from training import write_balls, write_scans
+
+from synthlong.artifacts import RandomAcquisition, acquire
+from synthlong.detection.networks import SegmentationUNet, SiameseUNet
+from synthlong.errors import ConfigError, InputError
+from synthlong.networks import UNetConfig
+from synthlong.recipe import draw_orientation
+from synthlong.synthesis import SynthesisConfig
+from synthlong.training.augmented import AugmentedPatches
+from synthlong.training.loop import rng_at
+from synthlong.training.patches import read_patches
+from synthlong.training.stages import FinetuneConfig, PretrainConfig, SegmentConfig, pretrain
+from synthlong.weights import read_weights, write_weights
+
+TINY = {
+    "side": 16,
+    "steps": 4,
+    "batch": 2,
+    "folds": 2,
+    "validation_patches": 4,
+    "report_every": 2,
+    "checkpoint_every": 3,
+    "precision": "float32",
+}
+SIZE = UNetConfig(widths=(8, 16))
+CARD = {"licence": "CC0"}
+
+pytestmark = pytest.mark.filterwarnings("ignore::synthlong.errors.InputWarning")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_balls(tmp_path_factory.mktemp("balls"))
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """Weights of the first two stages, as drawn."""
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    network = SegmentationUNet(SIZE)
+    write_weights(folder / "s.safetensors", network, task="segmentation", card={})
+    write_weights(folder / "p.safetensors", SiameseUNet.from_segmentation(network), task="siamese", card={})
+    return folder
+
+
+def called(folder, stage, *words, synthesis="", **options):
+    """Run a verb with the tiny config; return its card."""
+    lines = [f"{key} = {json.dumps(value)}\n" for key, value in (TINY | options).items()]
+    (folder / "c.toml").write_text("".join(lines) + synthesis)
+    words = ["train", stage, *words, "--config", folder / "c.toml", "--no-tensorboard", "--threads", 1]
+    assert main([str(word) for word in words]) == 0
+
+
+def same_encoder(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.down.parameters(), other.down.parameters(), strict=True))
+
+
+def changed(one, other, part):
+    pairs = zip(getattr(one, part).parameters(), getattr(other, part).parameters(), strict=True)
+    return all(not torch.equal(a, b) for a, b in pairs if a.ndim > 1)
+
+
+def test_the_defaults_are_those_of_the_paper():
+    for config in (SegmentConfig(), PretrainConfig(), FinetuneConfig()):
+        assert (config.side, config.loss, config.learning_rate, config.schedule) == (64, "dice", 1e-4, "constant")
+        assert {config.learning_rate_at(step) for step in (0, 10_000, 19_999)} == {1e-4}
+    assert SegmentConfig().artifacts == FinetuneConfig().artifacts == PretrainConfig().synthesis.artifacts == "kamraoui"
+    assert PretrainConfig().trainable == FinetuneConfig().trainable == "decoder"
+    assert FinetuneConfig().folds == 5
+
+
+def test_cosine():
+    config = SegmentConfig(schedule="cosine", steps=1000)
+    rates = [config.learning_rate_at(step) for step in range(1000)]
+    assert np.argmax(rates) in (29, 30)
+    assert rates[0] < 1e-5
+    assert 0 < rates[-1] < 1e-9
+    assert rates[500] == pytest.approx(5e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        (SegmentConfig, {"side": 30}, "multiple of 4"),
+        (SegmentConfig, {"widths": (10,)}, "multiples of 8"),
+        (SegmentConfig, {"artifacts": "heavy"}, "artifacts"),
+        (FinetuneConfig, {"orientations": "some"}, "orientations"),
+        (FinetuneConfig, {"schedule": "linear"}, "schedule"),
+        (PretrainConfig, {"trainable": "head"}, "trainable"),
+        (PretrainConfig, {"synthesis": {"boxes": 3}}, "synthesis: unknown option 'boxes'; did you mean box"),
+        (PretrainConfig, {"synthesis": 3}, "synthesis"),
+    ],
+)
+def test_options_outside_their_range(kind, options, said):
+    with pytest.raises(ConfigError, match=said):
+        kind(**options)
+
+
+def test_a_table_overrules_the_default_of_its_config(tmp_path):
+    (tmp_path / "c.toml").write_text('steps = 3\n[synthesis]\npainter = "ellipsoid"\nprior = "p.nii"\n')
+    made = PretrainConfig.from_toml(tmp_path / "c.toml").synthesis
+    prior = str((tmp_path / "p.nii").resolve())
+    assert made == SynthesisConfig(artifacts="kamraoui", painter="ellipsoid", prior=prior)
+
+
+def test_the_batch_of_a_step_is_the_same_for_any_number_of_processes(run):
+    patches = read_patches(run, side=8, split="train", fold=0, folds=2, network=SiameseUNet)
+    whole = PretrainConfig(side=8, batch=4).draw(patches, 3, 0)
+    parts = [PretrainConfig(side=8, batch=4, devices=2).draw(patches, 3, rank) for rank in (0, 1)]
+    for one, *dealt in zip(whole, *parts, strict=True):
+        assert all(np.array_equal(one[rank::2], part) for rank, part in enumerate(dealt))
+    assert whole[2][:2].any(axis=(1, 2, 3, 4)).all()
+    assert whole[0].mean() == pytest.approx(1, abs=0.05)  # brain mode 1, not z-scored
+
+
+def test_orientation_and_acquisition_are_those_drawn(run):
+    patches = read_patches(run, side=8, split="train", fold=0, folds=2, network=SiameseUNet)
+    drawn = AugmentedPatches(patches, artifacts="kamraoui", orientations="all").draw(rng_at(0, 1, 2), 1, 1)
+    rng = rng_at(0, 1, 2)
+    *visits, mask = patches.draw(rng, 1, 1)
+    turn, acquisition = draw_orientation(rng, "all"), RandomAcquisition("kamraoui")
+    assert np.array_equal(drawn[2][0, 0], turn.apply(mask[0, 0]))
+    affine = turn.apply_affine(np.eye(4), (8, 8, 8))
+    for visit, made in zip(visits, drawn, strict=False):
+        x = torch.from_numpy(turn.apply(visit[0, 0]))[None]
+        steps = acquisition.draw_params(rng)["steps"]
+        assert steps
+        assert np.array_equal(made[0], acquire(x, steps=steps, affine=affine).numpy())
+
+
+def test_background_stays_0_and_nothing_drawn_changes_nothing(run):
+    class Half:
+        subjects = ()
+
+        def draw(self, rng, count, positive):
+            visit = np.ones((count, 1, 8, 8, 8), np.float32)
+            visit[..., :4] = 0
+            return visit, np.zeros(visit.shape, np.uint8)
+
+    made, _ = AugmentedPatches(Half(), artifacts="kamraoui", orientations="none").draw(rng_at(0, 0, 0), 5, 0)
+    assert not made[..., :4].any()
+    assert (made != 1).any()
+    made, _ = AugmentedPatches(Half(), artifacts="none", orientations="none").draw(rng_at(0, 0, 0), 5, 0)
+    assert np.array_equal(made, Half().draw(None, 5, 0)[0])
+
+
+def test_segment(manifest, tmp_path):
+    called(tmp_path, "segment", manifest, "-o", tmp_path / "s.safetensors", widths=[8, 16])
+    network, _ = read_weights(tmp_path / "s.safetensors", task="segmentation")
+    card = json.loads((tmp_path / "s.json").read_text())
+    assert network.config == SIZE
+    assert len(card["patients"]) == len(card["held_out"]) == 1
+    assert [point["step"] for point in card["curve"]] == [2, 4]
+    assert card["command"].startswith("synthlong train segment cases.csv -o s.safetensors --config c.toml")
+
+
+def test_pretrain_on_shards_learns_and_keeps_the_encoder(run, first, tmp_path):
+    config = PretrainConfig(**(TINY | {"steps": 60, "report_every": 10, "learning_rate": 1e-2}))
+    options = {"encoder": first / "s.safetensors", "config": config, "card": CARD, "tensorboard": False}
+    curve = pretrain(run, tmp_path / "p.safetensors", **options)["curve"]
+    assert curve[-1]["loss"] < 0.7 * curve[0]["loss"]
+    made, _ = read_weights(tmp_path / "p.safetensors", task="siamese")
+    before, _ = read_weights(first / "p.safetensors", task="siamese")
+    encoder, sha256 = read_weights(first / "s.safetensors", task="segmentation")
+    assert same_encoder(made, encoder)
+    assert changed(made, before, "merge")
+    assert changed(made, before, "up")
+    card = json.loads((tmp_path / "p.json").read_text())
+    assert card["encoder"] == sha256
+    assert card["train"]["synthesis"]["artifacts"] == "mild"  # as the shards say
+
+
+def test_the_encoder_may_learn_too(run, first, tmp_path):
+    config = PretrainConfig(**TINY, trainable="all")
+    options = {"encoder": first / "s.safetensors", "config": config, "card": CARD, "tensorboard": False}
+    pretrain(run, tmp_path / "p.safetensors", **options)
+    made, _ = read_weights(tmp_path / "p.safetensors", task="siamese")
+    assert not same_encoder(made, read_weights(first / "s.safetensors", task="segmentation")[0])
+
+
+def test_with_one_fold_all_patients_are_learned_from_and_the_last_weights_kept(run, first, tmp_path):
+    options = {"encoder": first / "s.safetensors", "card": CARD, "tensorboard": False}
+    made = []
+    for every in (2, 6):  # were the best loss kept, these would differ
+        config = PretrainConfig(**TINY | {"folds": 1, "steps": 6, "report_every": every})
+        figures = pretrain(run, tmp_path / "p.safetensors", config=config, **options)
+        assert figures["best"] == figures["curve"][-1]
+        assert figures["best"].keys() == {"step", "loss"}
+        made.append((tmp_path / "p.safetensors").read_bytes())
+    card = json.loads((tmp_path / "p.json").read_text())
+    assert (card["patients"], card["held_out"]) == ([f"sub-{n}" for n in range(4)], [])
+    assert read_weights(tmp_path / "p.safetensors", task="siamese")
+    assert made[0] == made[1]
+
+
+def test_finetune_makes_a_network_for_each_fold(manifest, first, tmp_path, capsys):
+    pairs = write_scans(tmp_path, manifest)
+    words = [pairs, "-o", tmp_path / "w.safetensors", "--weights", first / "p.safetensors"]
+    called(tmp_path, "finetune", *words, folds=2)
+    before, sha256 = read_weights(first / "p.safetensors", task="siamese")
+    held_out = []
+    for fold in range(2):
+        made, _ = read_weights(tmp_path / f"w.fold-{fold}.safetensors", task="siamese")
+        card = json.loads((tmp_path / f"w.fold-{fold}.json").read_text())
+        assert same_encoder(made, before)
+        assert changed(made, before, "merge")
+        assert card["weights"] == sha256
+        assert card["train"]["fold"] == fold
+        held_out += card["held_out"]
+    assert sorted(held_out) == ["a", "b", "c"]
+    times = [(tmp_path / f"w.fold-{fold}.safetensors").stat().st_mtime_ns for fold in range(2)]
+    (tmp_path / "w.fold-1.json").unlink()
+    called(tmp_path, "finetune", *words, folds=2)
+    again = [(tmp_path / f"w.fold-{fold}.safetensors").stat().st_mtime_ns for fold in range(2)]
+    assert times[0] == again[0]
+    assert times[1] < again[1]
+
+
+def test_a_killed_training_goes_on_to_the_same_bits(run, first, tmp_path):
+    options = {"steps": 30, "checkpoint_every": 4, "report_every": 10}
+    called(
+        tmp_path, "pretrain", run, "-o", tmp_path / "whole.safetensors", "--encoder", first / "s.safetensors", **options
+    )
+    cut = ["pretrain", run, "-o", tmp_path / "cut.safetensors", "--encoder", first / "s.safetensors"]
+    with started("train", *cut, "--config", tmp_path / "c.toml", "--no-tensorboard", "--threads", 1) as process:
+        wait_for((tmp_path / "cut.checkpoint").exists, process)
+        process.kill()
+    assert torch.load(tmp_path / "cut.checkpoint", weights_only=True)["global_step"] < 30
+    called(tmp_path, *cut, **options)
+    assert (tmp_path / "whole.safetensors").read_bytes() == (tmp_path / "cut.safetensors").read_bytes()
+
+
+class StopError(Exception):
+    """Something that ends a training."""
+
+
+def test_pairs_made_on_the_fly_go_on_in_mid_epoch(manifest, first, tmp_path):
+    config = PretrainConfig(**TINY, synthesis={"painter": "ellipsoid"})
+    options = {"encoder": first / "s.safetensors", "config": config, "card": CARD, "tensorboard": False}
+
+    def stop(done, *_):
+        if done == 4:
+            raise StopError
+
+    with pytest.raises(StopError):
+        pretrain(manifest, tmp_path / "cut.safetensors", readers=0, progress=stop, **options)
+    shutil.copytree(tmp_path / "cut.work", tmp_path / "whole.work")  # saves the time to prepare it again
+    pretrain(manifest, tmp_path / "cut.safetensors", readers=0, **options)
+    pretrain(manifest, tmp_path / "whole.safetensors", readers=2, **options)
+    assert (tmp_path / "whole.safetensors").read_bytes() == (tmp_path / "cut.safetensors").read_bytes()
+    assert not (tmp_path / "cut.work").exists()
+    card = json.loads((tmp_path / "whole.json").read_text())
+    assert not set(card["patients"]) & set(card["held_out"])
+    assert card["train"]["synthesis"]["box"] == 16
+
+
+def test_bad_inputs(run, first, tmp_path, capsys):
+    out = tmp_path / "w.safetensors"
+    bad = [
+        (["pretrain", run, "-o", out, "--encoder", first / "p.safetensors"], "weights of the siamese"),
+        (["pretrain", run, "-o", out, "--encoder", first / "none.safetensors"], "train segment"),
+        (["pretrain", run, "-o", out, "--encoder", first / "s.safetensors", "--side", 15], "multiple of 2"),
+        (["finetune", run, "-o", out, "--weights", first / "s.safetensors"], "train pretrain"),
+        (["segment", tmp_path / "none", "-o", out], "no such file or folder"),
+        (["segment", run, "-o", tmp_path / "w.pt"], "named *.safetensors"),
+    ]
+    for words, said in bad:
+        assert main(["train", *map(str, words)]) in (1, 2)
+        assert said in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_stage_is_refused(run, first, tmp_path):
+    torch.save({"ohem": {}}, tmp_path / "p.checkpoint")
+    options = {"encoder": first / "s.safetensors", "config": PretrainConfig(**TINY), "card": CARD}
+    with pytest.raises(InputError, match="of another stage"):
+        pretrain(run, tmp_path / "p.safetensors", tensorboard=False, **options)
+    assert not Path(tmp_path / "p.safetensors").exists()
