@@ -11,7 +11,22 @@ from typing import Any
 
 import typer
 
-from . import atlas, augment, check, demo, evaluate, export, fit, generate, prepare, replay, report, train, verify
+from . import (
+    atlas,
+    augment,
+    check,
+    demo,
+    detect,
+    evaluate,
+    export,
+    fit,
+    generate,
+    prepare,
+    replay,
+    report,
+    train,
+    verify,
+)
 
 __all__ = ["app", "main"]
 
@@ -35,6 +50,7 @@ app.command("augment")(augment.augment)
 app.command("atlas")(atlas.atlas)
 app.command("fit")(fit.fit)
 app.add_typer(train.app, name="train")
+app.command("detect")(detect.detect)
 app.command("evaluate")(evaluate.evaluate)
 
 

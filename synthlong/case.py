@@ -28,11 +28,13 @@ __all__ = [
     "Case",
     "check_binary",
     "check_mask",
+    "check_same_grid",
     "clip_to_brain",
     "mode_of",
     "patient_of",
     "read_beside",
     "read_case",
+    "unlike_brain",
 ]
 
 _SMALLEST_SIDE_MM = 16
@@ -90,7 +92,7 @@ class Case:
 
 def read_case(
     flair: str | Path,
-    mask: str | Path,
+    mask: str | Path | None = None,
     *,
     subject: str | None = None,
     t1: str | Path | None = None,
@@ -98,11 +100,11 @@ def read_case(
     tissue: str | Path | None = None,
     prefer: str | None = None,
 ) -> Case:
-    """Read a FLAIR scan and its lesion mask, both in MNI152 space, any orientation and voxel size.
+    """Read a FLAIR scan, and its lesion mask if there is one, in MNI152 space, any orientation and voxel size.
 
     Args:
         flair: FLAIR, NIfTI. Skull-stripped: without `brain`, its non-zero voxels are the brain.
-        mask: Lesion mask on the same grid: zero, and one other value.
+        mask: Lesion mask on the same grid: zero, and one other value; None: no lesion is known.
         subject: Case id; default: the file name up to its first `_`, without `sub-`.
         t1: T1-weighted scan on the same grid; checked only.
         brain: Brain mask on the same grid.
@@ -112,10 +114,11 @@ def read_case(
     Raises:
         InputError: A file that cannot be used; the message names it, the problem and the way out.
     """
-    flair, mask = Path(flair), Path(mask)
+    flair = Path(flair)
     image = read_nifti(flair, prefer=prefer)
-    lesion = read_beside(mask, image, prefer=prefer)
-    check_mask(lesion, image)
+    lesion = None if mask is None else read_beside(Path(mask), image, prefer=prefer)
+    if lesion is not None:
+        check_mask(lesion, image)
     others = {"t1": t1, "brain": brain, "tissue": tissue}
     extra = {
         role: read_beside(Path(path), image, prefer=prefer, allow_empty=False)
@@ -127,15 +130,15 @@ def read_case(
     brain_mask = extra["brain"].data != 0 if "brain" in extra else raw != 0
     if "brain" in extra:
         check_binary(extra["brain"])
-        if np.array_equal(brain_mask, lesion.data != 0):
-            raise InputError(mask, "the lesion mask is the brain mask", _WRONG_MASK)
+        if lesion is not None and np.array_equal(brain_mask, lesion.data != 0):
+            raise InputError(lesion.path, "the lesion mask is the brain mask", _WRONG_MASK)
     labels = None
     if "tissue" in extra:
         if not np.isin(extra["tissue"].data, (0, 1, 2, 3)).all():
             way = "use 0 background, 1 CSF, 2 GM, 3 WM"
             raise InputError(extra["tissue"].path, "tissue labels other than 0-3", way)
         labels = grid.resample_labels(extra["tissue"].data)
-    inside = clip_to_brain(lesion, brain_mask)
+    inside = np.zeros_like(brain_mask) if lesion is None else clip_to_brain(lesion, brain_mask)
     scan_mean, scan_sd = float(raw.mean(dtype=np.float64)), float(raw.std(dtype=np.float64))
     values = grid.resample(_without_negatives(raw, brain_mask, flair))
     brain_mask, inside = grid.resample_mask(brain_mask), grid.resample_mask(inside)
@@ -161,7 +164,9 @@ def read_case(
     values /= np.float32(mode)
     if "tissue" not in extra:  # thin sulci, too dark to be tissue whatever their surroundings say
         labels[brain_mask & ~inside & (values < FLUID)] = CSF
-    _warn_empty(lesion, inside)
+    if lesion is not None:
+        _warn_empty(lesion, inside)
+    read = {"flair": image, **({} if lesion is None else {"mask": lesion}), **extra}
     return Case(
         id=subject if subject is not None else _subject_of(flair),
         flair=values,
@@ -171,7 +176,7 @@ def read_case(
         affine=grid.affine,
         scan_mean=scan_mean,
         scan_sd=scan_sd,
-        sources={r: v.sha256 for r, v in {"flair": image, "mask": lesion, **extra}.items()},
+        sources={role: volume.sha256 for role, volume in read.items()},
     )
 
 
@@ -260,6 +265,13 @@ def read_beside(path: Path, image: Volume, *, prefer: str | None = None, allow_e
     return volume
 
 
+def check_same_grid(baseline: Case, followup: Case, *, path: str | Path | None = None) -> None:
+    """Raise an InputError, of `path` or else the follow-up's id, unless both visits lie on one grid."""
+    if baseline.shape != followup.shape or not np.allclose(baseline.affine, followup.affine, atol=1e-3):
+        problem = "its grid is not that of the baseline"
+        raise InputError(path or followup.id, problem, "resample one onto the other's grid")
+
+
 def check_binary(volume: Volume) -> None:
     """Raise an InputError unless all voxels are 0 or one other value, a positive one."""
     positive = volume.data[volume.data != 0]
@@ -317,13 +329,7 @@ def _check_looks(
 ) -> None:
     """Warn of scans that are probably not skull-stripped FLAIR in MNI space."""
     csf, gm, wm = maps
-    head = ndimage.binary_dilation(csf + gm + wm > 0.5, iterations=5)
-    outside = (brain & ~head).sum() / max(brain.sum(), 1)
-    if outside > 0.15:
-        text = f"{outside:.0%} of its non-zero voxels lie outside the MNI brain: skull, or not in MNI space?"
-        warnings.warn(f"{short(path)}: {text}", InputWarning, stacklevel=3)
-    elif _has_shell(values, brain):
-        text = "a shell unlike brain surrounds it: not skull-stripped?"
+    if text := unlike_brain(values, brain, maps):
         warnings.warn(f"{short(path)}: {text}", InputWarning, stacklevel=3)
     regions = [values[brain & (m > 0.95)] for m in (csf, gm, wm)]
     if min(len(r) for r in regions) < 100:
@@ -332,6 +338,23 @@ def _check_looks(
     if dark > 0.9 * white or gray < 0.85 * white:
         medians = f"CSF {dark:.3g}, gray matter {gray:.3g}, white matter {white:.3g}"
         warnings.warn(f"{short(path)}: looks like no FLAIR ({medians})", InputWarning, stacklevel=3)
+
+
+def unlike_brain(
+    values: NDArray[np.float32], brain: NDArray[np.bool_], maps: tuple[NDArray[np.float32], ...]
+) -> str | None:
+    """Return what makes a scan look not skull-stripped, or not in MNI space, None if nothing does.
+
+    Args:
+        values: Scan, shape `(I, J, K)`, any unit.
+        brain: What is taken as its brain.
+        maps: Those of `fitted_tissue_maps` for this brain.
+    """
+    head = ndimage.binary_dilation(sum(maps) > 0.5, iterations=5)
+    outside = (brain & ~head).sum() / max(brain.sum(), 1)
+    if outside > 0.15:
+        return f"{outside:.0%} of its non-zero voxels lie outside the MNI brain: skull, or not in MNI space?"
+    return "a shell unlike brain surrounds it: not skull-stripped?" if _has_shell(values, brain) else None
 
 
 def _has_shell(values: NDArray[np.float32], brain: NDArray[np.bool_]) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-__all__ = ["Grid", "Native", "carry_mask", "resample"]
+__all__ = ["Grid", "Native", "carry_labels", "carry_mask", "resample"]
 
 _FWHM_PER_SD = 2.355
 _NUDGE = (1e-3, 1.3e-3, 1.7e-3)  # voxels; without it all ties would go to the grid's first voxels
@@ -104,22 +104,35 @@ def resample(
 
 
 def carry_mask(mask: NDArray, step: NDArray, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """Carry lesions to another grid, each with its volume: none is lost, none grows.
-
-    Linear interpolation of each 26-connected lesion, cut at the level that keeps its volume (at least one voxel): at
-    one half, lesions of a few voxels vanish between slices, and nearest neighbours draw the steps of thick slices.
+    """Carry lesions to another grid, each with its volume: none is lost, none grows; see `carry_labels`.
 
     Args:
-        mask: Lesion voxels.
+        mask: Lesion voxels; lesions are 26-connected.
         step: From target voxels to source voxels.
         shape: Of the target.
     """
     labels, _ = ndimage.label(mask, np.ones((3, 3, 3)))
+    return (carry_labels(labels, step, shape) != 0).astype(np.uint8)
+
+
+def carry_labels(labels: NDArray[np.int32], step: NDArray, shape: tuple[int, int, int]) -> NDArray[np.int32]:
+    """Carry numbered lesions to another grid, each with its volume; where two meet, the higher number stays.
+
+    Linear interpolation of each lesion, cut at the level that keeps its volume (at least one voxel): at one half,
+    lesions of a few voxels vanish between slices, and nearest neighbours draw the steps of thick slices.
+
+    Args:
+        labels: Number of the lesion at each voxel, 0 outside.
+        step: From target voxels to source voxels.
+        shape: Of the target.
+    """
     per_voxel = 1 / abs(np.linalg.det(step[:3, :3]))  # target voxels in a source voxel
     back = np.linalg.inv(step)
-    result = np.zeros(shape, np.uint8)
+    result = np.zeros(shape, np.int32)
     reach = np.ceil(np.linalg.norm(step[:3, :3], axis=1)).astype(int) + 1  # what smoothing and interpolation see
     for number, box in enumerate(ndimage.find_objects(labels), start=1):
+        if box is None:
+            continue
         low = np.array([s.start for s in box]) - reach
         high = np.array([s.stop for s in box]) + reach
         lesion = np.pad(labels[box] == number, [(r, r) for r in reach])
@@ -141,7 +154,6 @@ def carry_mask(mask: NDArray, step: NDArray, shape: tuple[int, int, int]) -> NDA
         count = max(1, round(inside * per_voxel))
         best = np.argsort(-filled, axis=None, kind="stable")[:count]
         best = best[filled.ravel()[best] > 0]
-        part = np.zeros(filled.size, np.uint8)
-        part[best] = 1
-        result[tuple(slice(a, b) for a, b in zip(first, last, strict=True))] |= part.reshape(filled.shape)
+        at = np.unravel_index(best, filled.shape)
+        result[tuple(a + f for a, f in zip(at, first, strict=True))] = number
     return result

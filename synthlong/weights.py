@@ -110,7 +110,7 @@ def read_weights(path: Path, *, task: str | tuple[str, ...]) -> tuple[UNet, str]
     """
     tasks = (task,) if isinstance(task, str) else task
     way = f"train them with `synthlong {_FITTED_BY[tasks[0]]}`"
-    if tasks[0] in ("inpainter", "generator"):
+    if tasks[0] != SegmentationUNet.task:
         way += ", or leave the option out for the shipped ones"
     try:
         data = path.read_bytes()

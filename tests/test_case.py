@@ -137,6 +137,14 @@ def test_the_convention(read, edge):
     assert np.nanmax(scale) == pytest.approx(np.nanmin(scale), rel=1e-5)
 
 
+def test_a_mask_is_not_needed(read, edge, tmp_path):
+    with warned("no lesion in the mask"):
+        empty = read(edge.flair, np.zeros_like(edge.mask), edge.affine)
+    case = read_case(tmp_path / "data" / "sub-7_flair.nii")
+    assert case.sources == {"flair": empty.sources["flair"]}
+    assert same(case, empty)
+
+
 def test_the_id_is_the_callers_or_the_file_names(read, edge):
     assert read(edge.flair, edge.mask, edge.affine, subject="mine").id == "mine"
 

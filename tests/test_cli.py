@@ -13,7 +13,7 @@ from synthlong.dataset.shards import ShardDataset
 
 CASES = ASSETS / "cases" / "cases.csv"
 VERBS = ("demo", "check", "prepare", "generate", "verify", "report", "export", "replay", "augment", "atlas", "fit")
-VERBS += ("train", "evaluate")
+VERBS += ("train", "detect", "evaluate")
 
 
 def synthlong(*arguments, **options):

@@ -133,7 +133,7 @@ def test_detectors_are_of_one_kind(tmp_path):
     assert [type(n) for n in read_detectors([siamese, siamese])] == [SiameseUNet] * 2
     with pytest.raises(InputError, match="weights of the concat, beside those of the siamese"):
         read_detectors([siamese, concat])
-    with pytest.raises(InputError, match="of the segmentation, not of the siamese or concat"):
+    with pytest.raises(InputError, match="of the segmentation, not of the concat or siamese"):
         read_detectors([paths[SegmentationUNet]])
 
 

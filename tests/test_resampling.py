@@ -8,7 +8,7 @@ from nibabel.processing import resample_from_to
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from synthlong.resampling import Grid, carry_mask, resample
+from synthlong.resampling import Grid, carry_labels, carry_mask, resample
 
 FULL = np.ones((3, 3, 3))
 SCANNER_MM = (0.72, 0.72, 4.0)
@@ -338,6 +338,26 @@ def test_what_lies_outside_vanishes_and_what_reaches_out_is_cut_off():
     assert not carry_mask(mask, step, (18, 18, 18)).any()
     fine = carry_mask(mask, np.diag([0.5, 0.5, 0.5, 1.0]) + np.pad(np.full((3, 1), 3.75), ((0, 1), (3, 0))), (36,) * 3)
     assert fine[:4].sum() == pytest.approx(8 * 2 * 4 * 4, rel=0.05)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seeds)
+def test_numbered_lesions_lie_where_each_would_alone(seed):
+    labels, count = ndimage.label(scattered((14, 13, 12), seed))
+    step = turned((9, -6, 4), spacing=(0.9, 0.8, 2.5))
+    carried = carry_labels(labels, step, (15, 16, 6))
+    alone = np.zeros((15, 16, 6), int)
+    for number in range(1, count + 1):
+        alone[carry_mask(labels == number, step, alone.shape) > 0] = number
+    assert np.array_equal(carried, alone)
+
+
+def test_the_higher_number_stays_and_gaps_do_not_matter():
+    labels = np.zeros((8, 8, 8), np.int32)
+    labels[4, 4, 4], labels[4, 4, 5], labels[0, 0, 0] = 2, 5, 9
+    carried = carry_labels(labels, np.diag([4.0, 4, 4, 1]), (2, 2, 2))
+    assert (carried[1, 1, 1], carried[0, 0, 0]) == (5, 9)
+    assert np.count_nonzero(carried) == 2
 
 
 @pytest.mark.parametrize("subject", ["cs07", "cs19"])

@@ -14,6 +14,8 @@ _HOME = {
     "SiameseUNet": "networks",
     "detect": "inference",
     "lesion_scores": "scores",
+    "read_detectors": "inference",
+    "read_visits": "visits",
 }
 
 __all__ = [*_HOME]

@@ -10,7 +10,7 @@ section 2.6). No rule on intensities comes after the networks.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -23,15 +23,28 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor, nn
 
-from synthlong.case import Case
+import synthlong
+from synthlong.case import Case, check_same_grid
 from synthlong.detection.networks import ConcatUNet, LongitudinalUNet, SiameseUNet
 from synthlong.errors import ConfigError, InputError
 from synthlong.networks import ConvBlock, check_device, default_precision, one_thread
 from synthlong.weights import read_weights
 
-__all__ = ["DetectedLesion", "Detection", "detect", "probability_map", "read_detectors"]
+__all__ = [
+    "DEFAULT_DETECTOR",
+    "DetectedLesion",
+    "Detection",
+    "detect",
+    "probability_map",
+    "read_detectors",
+    "shipped_detector",
+]
+
+DEFAULT_DETECTOR = ConcatUNet.task
+"""Which of the shipped networks is used where none is named."""
 
 _Window = tuple[slice, ...]
+_Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -58,14 +71,19 @@ class Detection:
     """New lesions of a follow-up, on its grid.
 
     Args:
-        mask: uint8 `(I, J, K)`, 1 in a new lesion.
+        labels: int32 `(I, J, K)`, n in the n-th of `lesions`, 0 elsewhere.
         probability: float32 `(I, J, K)`, 0 outside the brain.
-        lesions: What the mask holds, largest first.
+        lesions: Largest first.
     """
 
-    mask: NDArray[np.uint8]
+    labels: NDArray[np.int32]
     probability: NDArray[np.float32]
     lesions: tuple[DetectedLesion, ...]
+
+    @property
+    def mask(self) -> NDArray[np.uint8]:
+        """1 in a new lesion."""
+        return (self.labels > 0).astype(np.uint8)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the lesions as plain JSON."""
@@ -86,6 +104,7 @@ def detect(
     min_volume_mm3: float = 3.0,
     precision: str = "auto",
     device: str = "cpu",
+    progress: _Progress | None = None,
 ) -> Detection:
     """Find the lesions of the follow-up that the baseline does not have.
 
@@ -101,13 +120,13 @@ def detect(
         min_volume_mm3: Lesions of this volume or less are dropped; 0 keeps all.
         precision: See `probability_map`.
         device: Torch device.
+        progress: Called as (stage, done, total).
 
     Raises:
         InputError: The visits lie on different grids, or their brains do not meet.
         ConfigError: An option outside its range.
     """
-    if baseline.shape != followup.shape or not np.allclose(baseline.affine, followup.affine, atol=1e-3):
-        raise InputError(followup.id, "its grid is not that of the baseline", "resample one onto the other's grid")
+    check_same_grid(baseline, followup)
     if not 0 <= threshold < 1 or min_volume_mm3 < 0:
         problem = "must be from 0 to below 1, and 0 or more"
         raise ConfigError(f"threshold = {threshold}, min_volume_mm3 = {min_volume_mm3}: {problem}")
@@ -119,26 +138,38 @@ def detect(
     before, after = (normalised(visit.flair)[box] for visit in (baseline, followup))
     probability = np.zeros(brain.shape, np.float32)
     probability[box] = probability_map(
-        networks, before, after, brain[box], threshold=threshold, precision=precision, device=device
+        networks,
+        before,
+        after,
+        brain[box],
+        threshold=threshold,
+        precision=precision,
+        device=device,
+        progress=progress,
     )
     return _detection(probability, followup.affine, threshold=threshold, min_volume_mm3=min_volume_mm3)
 
 
-def read_detectors(paths: Sequence[Path]) -> tuple[LongitudinalUNet, ...]:
-    """Read the weights of one network, or of an ensemble of one kind.
+def read_detectors(paths: Sequence[Path] = ()) -> tuple[LongitudinalUNet, ...]:
+    """Read the weights of one network, or of an ensemble of one kind; without paths, of `shipped_detector`.
 
     Raises:
         InputError: See `read_weights`; or the networks are of different kinds.
     """
     networks: list[LongitudinalUNet] = []
-    for path in paths:
-        network, _ = read_weights(path, task=(SiameseUNet.task, ConcatUNet.task))
+    for path in paths or (shipped_detector(),):
+        network, _ = read_weights(path, task=(ConcatUNet.task, SiameseUNet.task))
         assert isinstance(network, LongitudinalUNet)
         if networks and type(network) is not type(networks[0]):
             problem = f"weights of the {network.task}, beside those of the {networks[0].task}"
             raise InputError(path, problem, "pass weights of one kind")
         networks.append(network)
     return tuple(networks)
+
+
+def shipped_detector() -> Path:
+    """Return the path of the weights of `DEFAULT_DETECTOR`."""
+    return Path(synthlong.__file__).parent / "assets" / f"{DEFAULT_DETECTOR}.safetensors"
 
 
 def probability_map(
@@ -152,6 +183,7 @@ def probability_map(
     threshold: float = 0.5,
     precision: str = "auto",
     device: str = "cpu",
+    progress: _Progress | None = None,
 ) -> NDArray[np.float32]:
     """Return the probability of a new lesion, `(I, J, K)`, 0 outside the brain.
 
@@ -171,6 +203,7 @@ def probability_map(
         precision: "float32"; "bf16"; or "auto": where device and network do well with bf16, it finds the voxels that
             are clearly below the threshold; all others get float32's values, so that the mask is that of float32.
         device: Torch device.
+        progress: Called as (stage, done, total).
 
     Raises:
         ConfigError: An option outside its range, or networks of different kinds.
@@ -189,7 +222,7 @@ def probability_map(
     beyond = [(s // 2, s - s // 2) for s in short]
     visits = [np.pad(v, beyond, constant_values=v.min()).astype(np.float32, copy=False) for v in (baseline, followup)]
     inside = np.pad(brain != 0, beyond)
-    slider = _Slider(networks, visits, window=window, device=device)
+    slider = _Slider(networks, visits, window=window, device=device, progress=progress)
     windows = [w for w in _lattice(inside.shape, window, stride) if inside[w].any()]
     error = first.bf16_error if default_precision(device) == "bf16" else None
     if precision != "auto" or error is None:
@@ -197,7 +230,7 @@ def probability_map(
     else:
         mean = slider.mean(windows, "bf16")
         suspect = inside & (mean > threshold - error)
-        again = slider.mean([w for w in windows if suspect[w].any()], "float32")
+        again = slider.mean([w for w in windows if suspect[w].any()], "float32", stage="windows again")
         mean = np.where(suspect, again, mean)
     mean[~inside] = 0
     return mean[tuple(slice(a, a + n) for (a, _), n in zip(beyond, brain.shape, strict=True))]
@@ -207,14 +240,21 @@ class _Slider:
     """Networks, ready to slide over two visits."""
 
     def __init__(
-        self, networks: Sequence[LongitudinalUNet], visits: list[NDArray[np.float32]], *, window: int, device: str
+        self,
+        networks: Sequence[LongitudinalUNet],
+        visits: list[NDArray[np.float32]],
+        *,
+        window: int,
+        device: str,
+        progress: _Progress | None,
     ) -> None:
         self.networks = [_fast(copy.deepcopy(network)).to(device).eval() for network in networks]
         self.visits = torch.from_numpy(np.stack(visits)).to(device)
         self.device = torch.device(device)
         self.window = window
+        self.progress = progress
 
-    def mean(self, windows: list[_Window], precision: str) -> NDArray[np.float32]:
+    def mean(self, windows: list[_Window], precision: str, *, stage: str = "windows") -> NDArray[np.float32]:
         """Return the mean probability over the windows that hold a voxel, 0 where none does."""
         total = np.zeros(self.visits.shape[1:], np.float32)
         count = np.zeros(self.visits.shape[1:], np.float32)
@@ -223,10 +263,12 @@ class _Slider:
         workers = torch.get_num_threads() if self.device.type == "cpu" else 1
         with one_thread(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             results = pool.map(lambda batch: self._probability(batch, size, precision), batches)
-            for batch, of_batch in zip(batches, results, strict=True):
+            for done, (batch, of_batch) in enumerate(zip(batches, results, strict=True), start=1):
                 for window, probability in zip(batch, of_batch, strict=False):
                     total[window] += probability
                     count[window] += 1
+                if self.progress:
+                    self.progress(stage, min(done * size, len(windows)), len(windows))
         return total / np.maximum(count, 1)
 
     def _probability(self, windows: list[_Window], size: int, precision: str) -> NDArray[np.float32]:
@@ -291,20 +333,21 @@ def _detection(
     probability: NDArray[np.float32], affine: NDArray[np.float64], *, threshold: float, min_volume_mm3: float
 ) -> Detection:
     """List the 6-connected lesions above a threshold, leaving out small ones."""
-    labels, _ = ndimage.label(probability > threshold)
+    labels, count = ndimage.label(probability > threshold)
     voxel_mm3 = float(abs(np.linalg.det(affine[:3, :3])))
-    mask = np.zeros(probability.shape, np.uint8)
-    lesions = []
+    found = []
     for number, box in enumerate(ndimage.find_objects(labels), start=1):
         own = labels[box] == number
         voxels = int(own.sum())
         if voxels * voxel_mm3 <= min_volume_mm3:
             continue
-        mask[box][own] = 1
         inside = probability[box][own]
         where = np.argwhere(own).mean(axis=0) + [s.start for s in box]
         x, y, z = (affine[:3, :3] @ where + affine[:3, 3]).round(2).tolist()
         highest = round(float(inside.max()), 4)
         mean = round(float(inside.mean(dtype=np.float64)), 4)
-        lesions.append(DetectedLesion(round(voxels * voxel_mm3, 3), voxels, (x, y, z), mean, highest))
-    return Detection(mask, probability, tuple(sorted(lesions, key=lambda lesion: -lesion.volume_mm3)))
+        found.append((DetectedLesion(round(voxels * voxel_mm3, 3), voxels, (x, y, z), mean, highest), number))
+    found.sort(key=lambda pair: -pair[0].voxels)
+    ranks = np.zeros(count + 1, np.int32)
+    ranks[[number for _, number in found]] = np.arange(1, len(found) + 1)
+    return Detection(ranks[labels], probability, tuple(lesion for lesion, _ in found))

@@ -23,7 +23,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from synthlong.case import Case, read_case
+from synthlong.case import Case, check_same_grid, read_case
 from synthlong.dataset.shards import ShardDataset, subjects_of
 from synthlong.detection.networks import ConcatUNet, LongitudinalUNet, SegmentationUNet
 from synthlong.errors import ConfigError, InputError, InputWarning
@@ -235,8 +235,7 @@ def _read_pair(
 ) -> _Scans:
     """Read them as `detect` would see them."""
     before, after = (read_case(visit, mask, subject=subject) for visit in (baseline, followup))
-    if before.shape != after.shape or not np.allclose(before.affine, after.affine, atol=1e-3):
-        raise InputError(followup, "its grid is not that of the baseline", "resample one onto the other's grid")
+    check_same_grid(before, after, path=followup)
     return _Scans.of(followup.name, seen, before, after)
 
 
