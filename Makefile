@@ -8,7 +8,7 @@ demo: .venv/.runtime  ## the main job on the bundled scans
 	$(BIN)/synthlong demo -o demo
 
 test: .venv/.dev
-	$(BIN)/python -m pytest -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 soak: .venv/.dev  ## hundreds of kills and flipped bits; about half an hour
 	$(BIN)/python -m pytest -m soak -s
@@ -17,7 +17,7 @@ check: .venv/.dev  ## what CI runs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 bench: .venv/.dev
 	$(BIN)/python benchmarks/generate.py

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from running import group_is_gone, started, wait_for
+from synthlong_cli.main import main
 
 from synthlong.atlas import ASSETS
 from synthlong.dataset.shards import ShardDataset
@@ -29,10 +30,9 @@ def test_help_needs_no_torch():
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_explains_itself(verb):
-    done = synthlong(verb, "--help")
-    assert done.returncode == 0
-    assert "Usage:" in done.stdout
+def test_every_verb_explains_itself(verb, capsys):
+    assert main([verb, "--help"]) == 0
+    assert "Usage:" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -55,63 +55,66 @@ def test_every_verb_explains_itself(verb):
         (["fit", "inpainter", CASES, "-o", "w.safetensors", "--sides", "big"], 2, "--sides big"),
     ],
 )
-def test_errors_are_one_line_with_their_exit_code(tmp_path, arguments, code, said):
-    done = synthlong(*arguments, cwd=tmp_path)
-    assert done.returncode == code, done.stderr
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) <= 2
+def test_errors_are_one_line_with_their_exit_code(tmp_path, monkeypatch, capsys, arguments, code, said):
+    monkeypatch.chdir(tmp_path)
+    assert main([str(word) for word in arguments]) == code
+    errors = capsys.readouterr().err
+    assert said in errors
+    assert "Traceback" not in errors
+    assert len(errors.strip().splitlines()) <= 2
     assert not list(tmp_path.iterdir())
 
 
-def test_debug_shows_the_traceback(tmp_path):
-    done = synthlong("--debug", "check", "none.csv", cwd=tmp_path)
+@pytest.mark.parametrize("debug", [True, False])
+def test_a_process_exits_with_the_code_and_debug_shows_the_traceback(tmp_path, debug):
+    done = synthlong(*["--debug"] * debug, "check", "none.csv", cwd=tmp_path)
     assert done.returncode == 1
-    assert "Traceback" in done.stderr
+    assert ("Traceback" in done.stderr) == debug
+    assert len(done.stderr.strip().splitlines()) == 1 or debug
 
 
-def test_check_names_the_bad_case_and_goes_on(tmp_path):
+@pytest.mark.filterwarnings("ignore::synthlong.errors.InputWarning")
+def test_check_names_the_bad_case_and_goes_on(tmp_path, capsys):
     for file in (ASSETS / "cases").iterdir():
         shutil.copy(file, tmp_path)
     flair = next(tmp_path.glob("sub-cs07*FLAIR*"))
     flair.write_bytes(flair.read_bytes()[:-2000])
-    done = synthlong("check", tmp_path / "cases.csv")
-    lines = [line for line in done.stdout.splitlines() if not line.startswith(" ")]
-    assert done.returncode == 1
+    assert main(["check", str(tmp_path / "cases.csv")]) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
     assert lines[0].startswith("FAIL  cs07")
     assert flair.name in lines[0]
     assert lines[1].startswith("ok    cs19: 182 x 218 x 182 mm, 98 lesions")
 
 
+@pytest.mark.filterwarnings("ignore::synthlong.errors.InputWarning")
 def test_demo_is_the_whole_line_on_real_scans(tmp_path):
     """Scans to shards, pictures and NIfTI; then a pair again, bit for bit, and the pair on the whole grid."""
-    done = synthlong("demo", "-o", tmp_path / "demo", "--pairs", 6)
-    assert done.returncode == 0, done.stderr
+    assert main(["demo", "-o", str(tmp_path / "demo"), "--pairs", "3"]) == 0
     dataset = ShardDataset(tmp_path / "demo" / "pairs")
-    assert len(dataset) == 6
+    assert len(dataset) == 3
     assert dataset[0]["baseline"].shape == (1, 64, 64, 64)
     page = (tmp_path / "demo" / "report.html").read_text()
     assert "data:image/png;base64" in page
     assert not re.search(r"(src|href)=\"(?!data:|#)", page)
     assert len(list((tmp_path / "demo" / "nifti").rglob("*.nii.gz"))) == 12
 
-    again = synthlong("replay", tmp_path / "demo" / "pairs", 0, "-o", tmp_path / "again", "--whole")
-    assert again.returncode == 0, again.stderr
+    assert main(["replay", str(tmp_path / "demo" / "pairs"), "0", "-o", str(tmp_path / "again"), "--whole"]) == 0
     recipe = next((tmp_path / "again").rglob("*recipe.json"))
     assert json.loads(recipe.read_text())["case"] == "cs07"
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_run_leaves_no_worker_and_no_temporary(tmp_path, sent, code):
-    arguments = ["generate", CASES, "-o", tmp_path / "out", "--pairs", "500", "--seed", "1", "--shard-size", "4"]
-    with started(*arguments, "--workers", "1") as process:
+def test_stopped_run_leaves_no_worker_and_no_temporary(manifest, tmp_path, sent, code):
+    (tmp_path / "c.toml").write_text("box = 32\n")
+    arguments = ["generate", manifest, "-o", tmp_path / "out", "--pairs", "500", "--seed", "1", "--shard-size", "4"]
+    with started(*arguments, "--config", tmp_path / "c.toml", "--workers", "1") as process:
         wait_for(lambda: list((tmp_path / "out").glob("shards/*.json")), process)
         process.send_signal(sent)
         assert process.wait(timeout=60) == code
         said = process.stderr.read()
         assert group_is_gone(process.pid, within_s=5)
     assert "Traceback" not in said
-    assert f"go on with: synthlong generate {CASES} -o {tmp_path / 'out'} --pairs 500" in said
+    assert f"go on with: synthlong generate {manifest} -o {tmp_path / 'out'} --pairs 500" in said
     left = {p.name for p in (tmp_path / "out").iterdir()}
     assert left == {"run.json", "shards", "work"}
     assert not list((tmp_path / "out").rglob("*.tmp-*"))

@@ -8,21 +8,22 @@ import warnings
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 from synthlong_cli.main import main
 
-from synthlong.dataset.run import generate
 from synthlong.errors import ConfigError, InputError, InputWarning
+from synthlong.inpainting import Inpainter, heal
 from synthlong.manifest import find_cases
+from synthlong.networks import default_precision
 from synthlong.nifti import read_nifti, write_nifti
-from synthlong.preparation import PreparationConfig, prepare, to_native
+from synthlong.preparation import PreparationConfig, prepare, registration, run, to_native
 from synthlong.preparation.derivatives import read_native, read_record
 from synthlong.preparation.quality import correlation
 from synthlong.preparation.registration import MNI, mni_brain
 from synthlong.preparation.ways import read_way
-from synthlong.resampling import resample
-from synthlong.synthesis import SynthesisConfig
+from synthlong.resampling import Grid, resample
 from tests.raw_pair import RAW, carried, grid_of, write_raw_pair
-from tests.running import bytes_of
+from tests.running import Here, bytes_of
 
 QUICK = PreparationConfig(recipe="schmidt", spacing_mm=2.0)
 
@@ -32,11 +33,25 @@ def dice(a, b):
     return 2 * (a & b).sum() / (a.sum() + b.sum())
 
 
+@pytest.fixture
+def here(monkeypatch):
+    pool = Here()
+    monkeypatch.setattr(run, "LocalPool", lambda *_, **__: pool)
+    monkeypatch.setattr(run, "count", pool.count)
+
+
+@pytest.fixture
+def few_samples(here, monkeypatch):
+    """A third of the registration's work, where the last tenth of a millimetre does not matter."""
+    monkeypatch.setattr(registration, "_SAMPLES", 40_000)
+
+
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory):
     return write_raw_pair(tmp_path_factory.mktemp("raw"))
 
 
+@pytest.mark.usefixtures("here")
 def test_a_raw_pair_becomes_cases_and_masks_find_back(raw, tmp_path):
     out = tmp_path / "cases"
     outcome = prepare(raw, out, config=PreparationConfig(denoise=False), workers=1)
@@ -74,12 +89,11 @@ def test_a_raw_pair_becomes_cases_and_masks_find_back(raw, tmp_path):
         (pair,) = csv.DictReader(file)
     assert pair["mask"] == "sub-lo01_ses-2_space-MNI152_desc-newlesions_mask.nii.gz"
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", InputWarning)
-        warnings.filterwarnings("ignore", ".*is skipped.*", InputWarning)
-        config = SynthesisConfig(box=32)
-        generate(out, tmp_path / "with", pairs=2, seed=1, config=config, workers=1)  # no word of a healthy volume
     (healthy,) = out.glob("*desc-healthy*.nii.gz")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", InputWarning)  # what `generate` would make of the case, and is to find there
+        filled = heal(case, Inpainter.read(precision=default_precision("cpu"))).healthy
+    assert np.array_equal(filled, read_nifti(healthy).data)
     healthy.unlink()
     assert prepare(raw, out, config=PreparationConfig(denoise=False), dry_run=True).prepared == [
         "lo01_ses-1",
@@ -92,8 +106,11 @@ def natives_volume(native, mask):
     return (mask != 0).sum() * native.grid.voxel_mm3 / abs(np.linalg.det(native.way[:3, :3]))
 
 
+@pytest.mark.usefixtures("few_samples")
 def test_the_halfway_space_moves_both_visits_alike(raw, tmp_path):
-    outcome = prepare(raw, tmp_path, config=QUICK, workers=1)
+    seen = []
+    outcome = prepare(raw, tmp_path, config=QUICK, workers=1, progress=lambda *step: seen.append(step))
+    assert seen[-1] == ("steps", 6, 6)  # read, registered, written
     assert outcome.prepared == ["lo01_ses-1", "lo01_ses-2"]
     names = [tmp_path / f"sub-lo01_ses-{n}_space-halfway_FLAIR.nii.gz" for n in (1, 2)]
     one, other = (read_nifti(name) for name in names)
@@ -107,6 +124,35 @@ def test_the_halfway_space_moves_both_visits_alike(raw, tmp_path):
     mask = read_nifti(tmp_path / "sub-lo01_ses-2_space-halfway_desc-lesions_mask.nii.gz").data
     scan = read_nifti(raw.parent / "lesions.nii.gz").data
     assert dice(to_native(mask, names[1]), scan) > 0.6
+
+
+@pytest.mark.usefixtures("few_samples")
+@pytest.mark.filterwarnings("ignore:.*taken as skull-stripped:synthlong.errors.InputWarning")
+def test_by_its_t1w_a_flair_comes_to_lie_where_it_does_without(real_case, tmp_path):
+    """A head of 2 mm voxels, turned; its T1w is made of its tissues, and turned and moved against the FLAIR."""
+    turned, step = np.eye(4), np.eye(4)
+    turned[:3, :3], turned[:3, 3] = Rotation.from_euler("xyz", (6, -4, 3), degrees=True).as_matrix(), (9, -12, 15)
+    step[:3, :3], step[:3, 3] = Rotation.from_euler("xyz", (3, 5, -6), degrees=True).as_matrix(), (5, -4, 6)
+    affine = turned @ real_case.affine @ np.diag([2, 2, 2, 1])
+    flair, brain, tissue = (a[::2, ::2, ::2] for a in (real_case.flair, real_case.brain, real_case.tissue))
+    noise = np.random.default_rng(5).normal(0, 0.03, tissue.shape)
+    t1 = np.where(tissue > 0, np.array([0, 0.3, 0.7, 1.0])[tissue] + noise, 0).astype(np.float32) * 400
+    for name, data, lies in (("flair", flair, affine), ("brain", brain, affine), ("t1", t1, step @ affine)):
+        write_nifti(tmp_path / f"{name}.nii.gz", np.ascontiguousarray(data), lies, code=1)
+    rows = "subject,flair,brain,t1\nwith,flair.nii.gz,brain.nii.gz,t1.nii.gz\nwithout,flair.nii.gz,brain.nii.gz,\n"
+    (tmp_path / "scans.csv").write_text(rows)
+    config = PreparationConfig(denoise=False, correct_bias=False, healthy=False)
+    outcome = prepare(tmp_path / "scans.csv", tmp_path / "out", config=config)
+    assert (outcome.prepared, outcome.failures) == (["with", "without"], {})
+
+    names = [tmp_path / "out" / f"sub-{name}_space-MNI152_FLAIR.nii.gz" for name in ("with", "without")]
+    one, other = (read_native(name).way for name in names)
+    points = np.argwhere(mni_brain())[::997] @ MNI.affine[:3, :3].T + MNI.affine[:3, 3]
+    apart = points @ (one - other)[:3, :3].T + (one - other)[:3, 3]
+    assert np.linalg.norm(apart, axis=1).mean() < 1.0  # mm
+    made = read_nifti(str(names[0]).replace("FLAIR", "T1w")).data
+    truth = resample(t1, MNI.step_to(Grid(t1.shape, step @ affine), step @ one), MNI.shape)
+    assert correlation(made, truth, made > 0) > 0.97
 
 
 def scans_of(raw, folder, **others):
@@ -146,6 +192,7 @@ def test_a_failed_scan_does_not_stop_the_others(raw, tmp_path, capsys):
     assert main([*call, "--participant-label", "nobody"]) == 2
 
 
+@pytest.mark.usefixtures("here")
 def test_what_is_replaced_leaves_nothing_behind(raw, tmp_path):
     folder, out = tmp_path / "in", tmp_path / "out"
     manifest = scans_of(raw, folder)
@@ -171,15 +218,32 @@ def test_what_is_replaced_leaves_nothing_behind(raw, tmp_path):
         prepare(manifest, out)
 
 
+@pytest.mark.usefixtures("here")
 def test_whatever_a_tool_does_the_others_go_on(raw, tmp_path):
     manifest = scans_of(raw, tmp_path / "in", b=(raw.parent / "1.nii.gz").read_bytes())
     scan = read_nifti(tmp_path / "in" / "b.nii.gz")
     write_nifti(tmp_path / "in" / "b.nii.gz", scan.data, scan.affine @ np.diag([100, 100, 100, 1]), code=1)
-    outcome = prepare(manifest, tmp_path / "out", config=QUICK, workers=1)
+    seen = []
+    outcome = prepare(manifest, tmp_path / "out", config=QUICK, progress=lambda *step: seen.append(step))
+    assert seen[-1] == ("steps", 6, 6)
     assert outcome.prepared == ["a"]
     assert "b.nii.gz: spans" in outcome.failures["b"]
 
 
+@pytest.mark.usefixtures("here")
+def test_after_ctrl_c_the_tables_list_what_lies_there(raw, tmp_path):
+    manifest, out = scans_of(raw, tmp_path / "in", b=(raw.parent / "1.nii.gz").read_bytes()), tmp_path / "out"
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(manifest, out, config=QUICK, progress=stop)
+    with open(out / "prepared.csv") as file:
+        assert [(row["subject"], row["status"]) for row in csv.DictReader(file)] == [("a", "ok")]
+
+
+@pytest.mark.usefixtures("here")
 def test_what_changed_is_prepared_again(raw, tmp_path):
     manifest, out = scans_of(raw, tmp_path / "in"), tmp_path / "out"
 
@@ -212,6 +276,7 @@ def test_without_the_extra_an_error_names_it(raw, tmp_path, monkeypatch, module)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("here")
 def test_a_mask_that_does_not_fit_is_refused_before_the_work(raw, tmp_path):
     folder = tmp_path / "in"
     manifest = scans_of(raw, folder, b=(raw.parent / "2.nii.gz").read_bytes())

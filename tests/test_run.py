@@ -5,9 +5,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 from conftest import CROP
-from running import bytes_of, put
+from running import Here, bytes_of, put
 
 from synthlong import Recipe, ShardDataset
+from synthlong.dataset import run as module
 from synthlong.dataset.export import export_pairs
 from synthlong.dataset.plan import read_plan, source_of
 from synthlong.dataset.replay import replay
@@ -18,7 +19,10 @@ from synthlong.synthesis import SynthesisConfig
 CONFIG = SynthesisConfig(box=32, new_mean=4.0)
 OPTIONS = {"pairs": 7, "seed": 3, "shard_size": 3, "config": CONFIG}
 
-pytestmark = pytest.mark.filterwarnings("ignore::synthlong.errors.InputWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::synthlong.errors.InputWarning"),
+    pytest.mark.xdist_group("run"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +33,11 @@ def run(manifest):
         outcome = generate(manifest, out, workers=1, **OPTIONS)
     assert (outcome.pairs, outcome.shards, outcome.made, outcome.failures) == (7, 3, 7, {})
     return out
+
+
+@pytest.fixture
+def here(monkeypatch):
+    monkeypatch.setattr(module, "LocalPool", Here)
 
 
 def test_nothing_but_the_contract_is_left(run):
@@ -57,7 +66,7 @@ def test_workers_do_not_change_a_byte(run, manifest, tmp_path):
 
 def test_resume_makes_what_is_missing_or_damaged(run, manifest):
     out = manifest.parent / "resumed"
-    generate(manifest, out, workers=1, **OPTIONS)
+    put(out, bytes_of(run))
     (out / "index.json").unlink()
     (out / "shards" / "00000.json").unlink()
     damaged = bytearray((out / "shards" / "00002.h5").read_bytes())
@@ -97,6 +106,7 @@ def test_changed_input_is_refused(run, manifest, tmp_path):
         replay(copy, 1, source=tmp_path / "cases.csv")
 
 
+@pytest.mark.usefixtures("here")
 def test_bad_case_is_left_out_or_strict(manifest, tmp_path):
     for file in manifest.parent.glob("cs*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -147,6 +157,7 @@ def test_replay_gives_the_pair_again(run):
         replay(run, 7)
 
 
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("painter", ["copypaste", "ellipsoid"])
 def test_a_run_of_a_plain_painter(manifest, tmp_path, painter):
     config = SynthesisConfig(box=32, new_mean=4.0, with_new_lesions=1, real_share=0, painter=painter)
@@ -173,6 +184,7 @@ def test_replay_notices_a_pair_that_differs(run, monkeypatch):
         replay(run, 0)
 
 
+@pytest.mark.usefixtures("here")
 def test_preferred_orientation_is_part_of_the_run(manifest, tmp_path):
     """Scans whose sform and qform disagree: refused, or read by one of them, in `replay` too."""
     for name in ("cs07_FLAIR", "cs07_mask"):
@@ -208,11 +220,13 @@ def test_export_is_bids_with_true_geometry(run, tmp_path):
         export_pairs(run, tmp_path, numbers=[9])
 
 
-def test_exported_voxels_lie_where_the_scan_has_them(run, manifest, tmp_path):
+@pytest.mark.usefixtures("here")
+def test_exported_voxels_lie_where_the_scan_has_them(manifest, tmp_path):
     """A voxel far from lesions has the scan's own intensity at the same millimetres, whatever the orientation."""
-    k = 2
-    export_pairs(run, tmp_path, numbers=[k])
-    image = nib.load(tmp_path / "sub-syn0002/ses-1/anat/sub-syn0002_ses-1_FLAIR.nii.gz")
+    clean = OPTIONS | {"pairs": 1, "config": SynthesisConfig(box=32, artifacts="none")}
+    generate(manifest, tmp_path / "run", workers=1, **clean)
+    export_pairs(tmp_path / "run", tmp_path / "nifti", numbers=[0])
+    image = nib.load(tmp_path / "nifti/sub-syn0000/ses-1/anat/sub-syn0000_ses-1_FLAIR.nii.gz")
     scan = nib.load(manifest.parent / "cs07_FLAIR.nii.gz")
     box, raw = image.get_fdata(), scan.get_fdata()
     to_scan = np.linalg.inv(scan.affine) @ image.affine

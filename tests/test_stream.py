@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import get_context
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -22,14 +21,16 @@ from synthlong.errors import ConfigError, InputError, InputWarning, OutputError,
 from synthlong.inpainting import Inpainter, heal
 from synthlong.synthesis import SynthesisConfig
 
-SIDES = (64, 64, 56)
 CONFIG = SynthesisConfig(box=32, new_mean=4.0)
 PLAIN = SynthesisConfig(
     box=16, new_mean=1.0, stable_mean=0.0, with_new_lesions=1.0, painter="ellipsoid", artifacts="none"
 )
 VOLUMES = ("baseline", "followup", "new_lesions", "evolution", "lesions_baseline", "lesions_followup")
 
-pytestmark = pytest.mark.filterwarnings("ignore::synthlong.errors.InputWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::synthlong.errors.InputWarning"),
+    pytest.mark.xdist_group("stream"),
+]
 
 
 def draw(sample):
@@ -42,28 +43,11 @@ def shown(batches):
 
 
 @pytest.fixture(scope="module")
-def manifest(tmp_path_factory, bundled):
-    """Two patients: boxes of the bundled scans around their densest lesions, as NIfTI, and their manifest."""
-    folder = tmp_path_factory.mktemp("cases")
-    lines = ["subject,flair,mask"]
-    for subject in ("cs19", "cs07"):
-        flair, mask = (nib.load(p) for p in bundled(subject))
-        where = np.argwhere(mask.get_fdata() > 0).mean(axis=0).astype(int)
-        start = np.clip(where - np.array(SIDES) // 2, 0, np.array(flair.shape) - SIDES)
-        box = tuple(slice(a, a + n) for a, n in zip(start, SIDES, strict=True))
-        for name, image in (("FLAIR", flair), ("mask", mask)):
-            nib.save(image.slicer[box], folder / f"{subject}_{name}.nii.gz")
-        lines.append(f"{subject},{subject}_FLAIR.nii.gz,{subject}_mask.nii.gz")
-    (folder / "cases.csv").write_text("\n".join(lines))
-    return folder / "cases.csv"
-
-
-@pytest.fixture(scope="module")
 def run(manifest):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", InputWarning)
-        generate(manifest, manifest.parent / "run", workers=1, pairs=4, seed=3, config=CONFIG)
-    return manifest.parent / "run"
+        generate(manifest, manifest.parent / "of-stream", workers=1, pairs=4, seed=3, config=CONFIG)
+    return manifest.parent / "of-stream"
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,12 @@
-"""Denoising and bias correction on phantoms whose truth is known."""
+"""Denoising and bias correction on phantoms whose truth is known, and what the tools say when they fail."""
+
+import os
 
 import numpy as np
 import pytest
 
-from synthlong.preparation.tools import correct_bias, denoise
+from synthlong.preparation.registration import Image, register
+from synthlong.preparation.tools import correct_bias, denoise, unheard
 from synthlong.resampling import Grid
 
 
@@ -40,3 +43,27 @@ def test_a_bias_field_is_found(phantom):
         return np.std((x / np.maximum(truth, 1))[brain]) / np.mean((x / np.maximum(truth, 1))[brain])
 
     assert unevenness(found) < 0.7 * unevenness(biased)
+
+
+def test_what_ants_says_is_in_the_error_and_not_on_the_terminal(capfd):
+    nothing = Image(np.zeros((16, 16, 16), np.float32), Grid((16, 16, 16), np.eye(4)))
+    with pytest.raises(RuntimeError, match=r"^registration failed: .*Total Mass of the image was zero"):
+        register(nothing, nothing, motion="Rigid")
+    assert capfd.readouterr() == ("", "")
+
+
+@unheard("work")
+def fail(said, error):
+    os.write(2, said)
+    raise error
+
+
+def test_the_terminal_is_given_back(capfd):
+    for said, told in ((b"one\ntwo\n\n", "two"), (b"", "three")):
+        with pytest.raises(RuntimeError, match=f"^work failed: {told}$"):
+            fail(said, ValueError("three"))
+    with pytest.raises(KeyboardInterrupt):
+        fail(b"", KeyboardInterrupt)
+    os.write(1, b"out")
+    os.write(2, b"err")
+    assert capfd.readouterr() == ("out", "err")

@@ -200,7 +200,7 @@ def test_a_killed_training_goes_on_to_the_same_bits(manifest, tmp_path, monkeypa
     shards = SynthesisConfig(box=32, painter="ellipsoid", artifacts="none", around_events=0.5, with_new_lesions=1.0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", InputWarning)
-        generate(manifest, tmp_path / "pairs", pairs=24, seed=3, config=shards, workers=1)
+        generate(manifest, tmp_path / "pairs", pairs=12, seed=3, config=shards, workers=1)
     toml = "".join(f"{k} = {list(v) if k == 'widths' else json.dumps(v)}\n" for k, v in (TINY | {"steps": 49}).items())
     (tmp_path / "tiny.toml").write_text(toml)
     options = ["--config", tmp_path / "tiny.toml", "--threads", 1, "--no-tensorboard"]

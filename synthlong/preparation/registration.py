@@ -6,7 +6,7 @@ The MNI scan of a contrast is made of the tissue maps: mutual information asks o
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import linalg
 
 from synthlong.atlas import MNI_SHAPE, mni_affine, tissue_maps
-from synthlong.preparation.tools import ants_image, load_ants
+from synthlong.preparation.tools import ants_image, load_ants, unheard
 from synthlong.preparation.ways import middle_of, read_way, way_text
 from synthlong.resampling import Grid, resample
 
@@ -68,6 +68,9 @@ def register(
         moving: Likewise.
         motion: "Rigid" (6 parameters) or "Affine" (12).
         start: A first way; default: from one centre of mass to the other.
+
+    Raises:
+        RuntimeError: ANTs failed.
     """
     ants = load_ants()
     with tempfile.TemporaryDirectory(prefix="synthlong-") as folder:
@@ -75,19 +78,20 @@ def register(
         if start is not None:
             first = str(Path(folder) / "start.txt")
             Path(first).write_text(way_text(start))
-        found = ants.registration(
-            ants_image(*fixed),
-            ants_image(*moving),
-            type_of_transform=motion,
-            initial_transform=first,
-            outprefix=str(Path(folder) / "found"),
-            aff_metric="mattes",
-            aff_random_sampling_rate=min(1.0, _SAMPLES / np.prod(fixed.grid.shape)),
-            aff_iterations=(500, 250, 50),
-            aff_shrink_factors=(4, 2, 1),
-            aff_smoothing_sigmas=(2, 1, 0),
-            random_seed=1,
-        )
+        with unheard("registration"):
+            found = ants.registration(
+                ants_image(*fixed),
+                ants_image(*moving),
+                type_of_transform=motion,
+                initial_transform=first,
+                outprefix=str(Path(folder) / "found"),
+                aff_metric="mattes",
+                aff_random_sampling_rate=min(1.0, _SAMPLES / np.prod(fixed.grid.shape)),
+                aff_iterations=(500, 250, 50),
+                aff_shrink_factors=(4, 2, 1),
+                aff_smoothing_sigmas=(2, 1, 0),
+                random_seed=1,
+            )
         ways = [read_way(path) for path in found["fwdtransforms"]]
     result = np.eye(4)
     for way in reversed(ways):  # the last one is applied first to a point
@@ -95,7 +99,12 @@ def register(
     return result
 
 
-def align_visits(visits: Sequence[Image], *, motion: Literal["Rigid", "Affine"] = "Rigid") -> list[NDArray[np.float64]]:
+def align_visits(
+    visits: Sequence[Image],
+    *,
+    motion: Literal["Rigid", "Affine"] = "Rigid",
+    report: Callable[[], None] = lambda: None,
+) -> list[NDArray[np.float64]]:
     """Return the ways from the middle of a patient's visits to each of them; one visit is its own middle.
 
     Every visit is registered to the first and the first to it; the mean of both favours neither.
@@ -103,6 +112,7 @@ def align_visits(visits: Sequence[Image], *, motion: Literal["Rigid", "Affine"] 
     Args:
         visits: Brains, or heads, of one patient on upright grids.
         motion: "Affine" where the scanners' scales differ, by about 1 % between two of them.
+        report: Called after each visit but the first.
     """
     ways = [np.eye(4)]
     for visit in visits[1:]:
@@ -110,6 +120,7 @@ def align_visits(visits: Sequence[Image], *, motion: Literal["Rigid", "Affine"] 
         back = register(visit, visits[0], motion=motion, start=np.linalg.inv(there))
         mean = linalg.expm((linalg.logm(there) - linalg.logm(back)).real / 2)
         ways.append(_rigid(mean) if motion == "Rigid" else mean)
+        report()
     return middle_of(ways)
 
 

@@ -32,7 +32,7 @@ from synthlong.networks import one_thread, settled
 from synthlong.preparation.config import PreparationConfig
 from synthlong.preparation.derivatives import FIGURES, description, file_name, read_record, sha256_of
 from synthlong.preparation.scans import Scan, find_scans, visits_of
-from synthlong.preparation.subject import prepare_subject
+from synthlong.preparation.subject import STEPS, prepare_subject
 from synthlong.preparation.tables import read_records, write_tables
 from synthlong.preparation.tools import load_ants, load_hd_bet
 
@@ -77,6 +77,10 @@ class _Task:
     def subject(self) -> str:
         return self.scans[0].subject
 
+    @property
+    def steps(self) -> int:
+        return STEPS * len(self.scans)
+
     def flair(self, scan: Scan) -> Path:
         return self.out / file_name(scan.id, "FLAIR.nii.gz", space=self.config.space)
 
@@ -109,7 +113,7 @@ def prepare(
         prefer: "sform" or "qform" where a scan's two disagree.
         break_lock: Take the folder's lock from a writer that is gone; see `lock.writer_lock`.
         dry_run: Write nothing, say what would be prepared.
-        progress: Called as (stage, done, total).
+        progress: Called as ("steps", done, total); a scan takes three: it is read, registered, written.
 
     Raises:
         ConfigError: An option outside its range; the extra `prepare` is not installed; `out` holds another recipe.
@@ -143,6 +147,10 @@ def prepare(
                 if task.failure is not None:
                     failures[task.subject] = task.failure
                     _mark_outdated(task)
+        except BaseException:
+            with suppress(Exception):  # the tables list what lies there by now; why it ended says more than they
+                write_tables(out, read_records(out), [])
+            raise
         finally:
             _sweep(out)
         publish(out / "dataset_description.json", (json.dumps(description(), indent=1) + "\n").encode())
@@ -179,8 +187,8 @@ def _processors(config: PreparationConfig) -> int:
 
 def _done(todo: Sequence[_Task], workers: int, progress: Callable[[str, int, int], None] | None) -> list[_Task]:
     """Return the tasks with what came of them, by subject."""
-    total = sum(len(task.scans) for task in todo)
-    report = (lambda n: progress("scans", n, total)) if progress else None
+    total = sum(task.steps for task in todo)
+    report = (lambda n: progress("steps", n, total)) if progress else None
     done = []
     if todo:
         with LocalPool(max(1, min(workers, len(todo))), tasks=len(todo)) as pool:
@@ -251,6 +259,14 @@ def _prepare(task: _Task) -> _Task:
     folder = task.out / f"{_UNFINISHED}{task.subject}-{os.getpid()}"
     where = short(task.scans[0].flair)
     caught: list[warnings.WarningMessage] = []
+    left = task.steps
+
+    def step() -> None:
+        nonlocal left
+        left -= 1
+        count()
+        stop_if_told()
+
     try:
         (folder / FIGURES).mkdir(parents=True)
         stamp = _stamp(task)
@@ -262,7 +278,7 @@ def _prepare(task: _Task) -> _Task:
                 task.config,
                 inpainter=_inpainter(task.config) if task.config.fills else None,
                 prefer=task.prefer,
-                report=_step,
+                report=step,
             )
         for scan, record in zip(task.scans, records, strict=True):
             names = [p.relative_to(folder).as_posix() for p in _files_of(folder, scan, task.config.space)]
@@ -297,13 +313,9 @@ def _prepare(task: _Task) -> _Task:
         what = f"{type(error).__name__}{f' ({said[0][:200]})' if said else ''}"
         return replace(task, failure=f"{where}: {what}; look at the scan, or bring its mask in column 'brain'")
     finally:
+        count(left)  # of one that failed
         shutil.rmtree(folder, ignore_errors=True)
     return replace(task, warnings=tuple(str(w.message) for w in caught if issubclass(w.category, InputWarning)))
-
-
-def _step() -> None:
-    count()
-    stop_if_told()
 
 
 def _files_of(folder: Path, scan: Scan, space: str) -> list[Path]:

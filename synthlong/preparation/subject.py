@@ -33,7 +33,10 @@ from synthlong.preparation.tools import brain_mask, correct_bias, denoise
 from synthlong.preparation.ways import read_way, way_text
 from synthlong.resampling import Grid, carry_mask, resample
 
-__all__ = ["Record", "prepare_subject"]
+__all__ = ["STEPS", "Record", "prepare_subject"]
+
+STEPS = 3
+"""Of each visit: it is read and cleaned, registered, written."""
 
 _MOTION: dict[str, Literal["Rigid", "Affine"]] = {"rigid": "Rigid", "affine": "Affine"}
 _MOST_CUT = 0.05  # of a face of the grid: a brain stem may be cut there, a neck is wider
@@ -116,7 +119,7 @@ def prepare_subject(
         config: How.
         inpainter: Fills the lesions; None: no healthy volume.
         prefer: "sform" or "qform" where a scan's two disagree.
-        report: Called after each visit.
+        report: Called after each of a visit's `STEPS`.
 
     Raises:
         InputError: A file that cannot be used.
@@ -128,12 +131,16 @@ def prepare_subject(
     for scan in scans:
         visits.append(_read_visit(scan, config, prefer))
         report()
-    from_middle = align_visits([_coarse(visit.head) for visit in visits], motion=_MOTION[config.visits])
+    from_middle = align_visits([_coarse(visit.head) for visit in visits], motion=_MOTION[config.visits], report=report)
     contrast, reference = _reference(visits, from_middle)
     to_middle = register(mni_at(contrast, spacing_mm=_TEMPLATE_MM), reference, motion="Affine")
     ways = [way @ to_middle for way in from_middle]
+    report()
 
-    prepared = [_in_mni(visit, way, folder, config, inpainter) for visit, way in zip(visits, ways, strict=True)]
+    prepared = []
+    for visit, way in zip(visits, ways, strict=True):
+        prepared.append(_in_mni(visit, way, folder, config, inpainter))
+        report()
     if len(visits) > 1:
         for visit, way in zip(visits, from_middle, strict=True):
             (folder / way_name(visit.scan.id, space="halfway")).write_text(way_text(way))
@@ -336,9 +343,13 @@ def _halfway(
     masks = [_read_mask(scan, flair, prefer) for scan, flair in zip(scans, flairs, strict=True)]
     new = [_read_new_lesions(scan, flair) for scan, flair in zip(scans, flairs, strict=True)]
     grids = [_grid_of(flair) for flair in flairs]
-    heads = [upright(Image(f.data, g), spacing_mm=_VISIT_MM) for f, g in zip(flairs, grids, strict=True)]
-    ways = align_visits(heads, motion=_MOTION[config.visits])
+    heads = []
+    for flair, grid in zip(flairs, grids, strict=True):
+        heads.append(upright(Image(flair.data, grid), spacing_mm=_VISIT_MM))
+        report()
+    ways = align_visits(heads, motion=_MOTION[config.visits], report=report)
     target = Grid.around(grids, ways, spacing_mm=config.spacing_mm)
+    report()
     records = []
     for scan, flair, grid, way, mask, drawn in zip(scans, flairs, grids, ways, masks, new, strict=True):
 

@@ -7,8 +7,13 @@ out; all on the scan's own grid.
 
 from __future__ import annotations
 
+import ctypes
 import os
-from contextlib import redirect_stdout
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
 from io import StringIO
 from types import ModuleType
 from typing import Any
@@ -22,11 +27,12 @@ from synthlong.errors import ConfigError
 from synthlong.networks import one_thread
 from synthlong.resampling import Grid, resample
 
-__all__ = ["ants_image", "brain_mask", "correct_bias", "denoise", "load_ants", "load_bids", "load_hd_bet"]
+__all__ = ["ants_image", "brain_mask", "correct_bias", "denoise", "load_ants", "load_bids", "load_hd_bet", "unheard"]
 
 _MISSING = '{} is not installed: pip install "synthlong[prepare]"'
 _BET_SPACING_MM = 1.5
 _MARGIN = 4
+_TELLING = re.compile(r"(?:Description: )?ITK ERROR: (?:\w+\(0x[0-9a-f]+\): )?(.+)")
 
 
 def load_ants() -> ModuleType:
@@ -69,6 +75,50 @@ def load_bids() -> Any:
     return BIDSLayout
 
 
+@contextmanager
+def unheard(what: str) -> Iterator[None]:
+    """Put away what a tool's C++ writes to the terminal; if the tool fails, the error says the last telling line.
+
+    Args:
+        what: Name of the work, for the error.
+
+    Raises:
+        RuntimeError: The tool failed.
+    """
+    with tempfile.TemporaryFile() as said:
+        kept: dict[int, int] = {}
+        _flush()
+        for terminal in (1, 2):
+            with suppress(OSError):  # it is closed
+                kept[terminal] = os.dup(terminal)
+                os.dup2(said.fileno(), terminal)
+        try:
+            yield
+        except Exception as error:
+            _flush()
+            said.seek(0)
+            raise RuntimeError(f"{what} failed: {_telling(said.read().decode(errors='replace')) or error}") from error
+        finally:
+            _flush()
+            for terminal, before in kept.items():
+                os.dup2(before, terminal)
+                os.close(before)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    with suppress(TypeError, OSError):  # no C library of that name
+        ctypes.CDLL(None).fflush(None)
+
+
+def _telling(text: str) -> str:
+    """Return ITK's last description of an error, or else the last line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    told = [match[1] for line in lines if (match := _TELLING.search(line))]
+    return (told or lines or [""])[-1]
+
+
 def brain_mask(scan: NDArray, grid: Grid, *, mode: str = "fast", device: str = "cpu") -> NDArray[np.bool_]:
     """Return the brain of a scan of a whole head.
 
@@ -100,7 +150,8 @@ def denoise(scan: NDArray, brain: NDArray[np.bool_], grid: Grid) -> NDArray[np.f
     box = _box(brain)
     reach = np.maximum(np.rint(3 * grid.spacing_mm.min() / grid.spacing_mm), 1).astype(int)
     image, mask = (_plain_image(ants, a[box], grid) for a in (scan, brain))
-    clean = ants.denoise_image(image, mask=mask, noise_model="Rician", r="x".join(map(str, reach)))
+    with unheard("denoising"):
+        clean = ants.denoise_image(image, mask=mask, noise_model="Rician", r="x".join(map(str, reach)))
     return np.where(brain, _put(clean.numpy(), brain.shape, box), 0)
 
 
@@ -109,7 +160,9 @@ def correct_bias(scan: NDArray, brain: NDArray[np.bool_], grid: Grid) -> NDArray
     ants = load_ants()
     box = _box(brain)
     image, mask = (_plain_image(ants, a[box], grid) for a in (scan, brain))
-    return _put(ants.n4_bias_field_correction(image, mask=mask).numpy(), brain.shape, box)
+    with unheard("bias correction"):
+        clean = ants.n4_bias_field_correction(image, mask=mask)
+    return _put(clean.numpy(), brain.shape, box)
 
 
 def ants_image(data: NDArray, grid: Grid) -> Any:
