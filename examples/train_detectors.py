@@ -41,6 +41,27 @@ volume_log_sd = 1.5
 stable_mean = 2.0
 """
 
+SHARED = """\
+folds = 7
+batch = {batch}
+side = {side}
+steps = {steps}
+learning_rate = 1e-3
+loss = "bce+dice"
+report_every = {every}
+checkpoint_every = 50
+validation_patches = {patches}
+"""
+CONCAT = (
+    SHARED.format(batch=8, side=32, steps=2600, every=200, patches=192)
+    + """\
+mining = false
+positive_share = 0.4
+"""
+)
+SEGMENT = SHARED.format(batch=4, side=48, steps=1000, every=100, patches=32) + 'schedule = "cosine"\n'
+SIAMESE = SHARED.format(batch=4, side=48, steps=1200, every=100, patches=48) + 'schedule = "cosine"\n'
+
 BRIGHT = 1.3
 """Of the brain's mode: what is brighter, deep in the brain and where lesions are not rare, is taken for a lesion."""
 
@@ -50,6 +71,13 @@ def run(*words: object) -> None:
     command = ["synthlong", *(str(word) for word in words)]
     print("$", shlex.join(command), flush=True)
     subprocess.run(command, check=True)
+
+
+def train(work: Path, name: str, stage: str, *words: object) -> None:
+    """Train, unless it was done before."""
+    out = work / f"{name}.safetensors"
+    if not out.exists():
+        run("train", stage, *words, "-o", out, "--config", work / f"{name}.toml", "--threads", 1)
 
 
 def bright_spots(flair: Path) -> np.ndarray:
@@ -102,8 +130,13 @@ def main() -> None:
     work = options.out.resolve()
     work.mkdir(parents=True, exist_ok=True)
     cases = write_cases(options.data.resolve(), work)
-    (work / "pairs.toml").write_text(PAIRS)
-    run("generate", cases, "-o", work / "pairs", "--pairs", 5400, "--seed", 1, "--config", work / "pairs.toml")
+    for name, text in (("pairs", PAIRS), ("concat", CONCAT), ("segment", SEGMENT), ("siamese", SIAMESE)):
+        (work / f"{name}.toml").write_text(text)
+    pairs = work / "pairs"
+    run("generate", cases, "-o", pairs, "--pairs", 5400, "--seed", 1, "--config", work / "pairs.toml")
+    train(work, "concat", "ohem", pairs)
+    train(work, "segment", "segment", cases)
+    train(work, "siamese", "pretrain", pairs, "--encoder", work / "segment.safetensors")
 
 
 if __name__ == "__main__":
