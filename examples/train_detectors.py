@@ -60,7 +60,7 @@ positive_share = 0.4
 """
 )
 SEGMENT = SHARED.format(batch=4, side=48, steps=1000, every=100, patches=32) + 'schedule = "cosine"\n'
-SIAMESE = SHARED.format(batch=4, side=48, steps=1200, every=100, patches=48) + 'schedule = "cosine"\n'
+SIAMESE = SHARED.format(batch=4, side=48, steps=900, every=100, patches=48) + 'schedule = "cosine"\n'
 
 BRIGHT = 1.3
 """Of the brain's mode: what is brighter, deep in the brain and where lesions are not rare, is taken for a lesion."""
