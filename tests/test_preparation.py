@@ -121,6 +121,11 @@ def test_the_halfway_space_moves_both_visits_alike(raw, tmp_path):
     assert angles[0] == pytest.approx(angles[1], rel=1e-3)
     assert np.degrees(angles[0]) > 2  # the heads do lie differently
     assert correlation(one.data, other.data, np.ones(one.data.shape, bool)) > 0.9
+    with open(tmp_path / "prepared.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["status"] for row in rows] == ["ok", "ok"]
+    assert min(float(row["agreement"]) for row in rows) > 0.85
+    assert all((tmp_path / "figures" / f"sub-lo01_ses-{n}_desc-registration_FLAIR.png").exists() for n in (1, 2))
     mask = read_nifti(tmp_path / "sub-lo01_ses-2_space-halfway_desc-lesions_mask.nii.gz").data
     scan = read_nifti(raw.parent / "lesions.nii.gz").data
     assert dice(to_native(mask, names[1]), scan) > 0.6

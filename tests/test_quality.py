@@ -7,7 +7,18 @@ from scipy import ndimage
 
 from synthlong.atlas import MNI_SHAPE, tissue_maps
 from synthlong.pictures import GRAY_TOP
-from synthlong.preparation.quality import Figures, agreement, correlation, figures_of, flags_of, picture_of, snr_of
+from synthlong.preparation.quality import (
+    Figures,
+    agreement,
+    correlation,
+    figures_of,
+    flags_of,
+    halfway_flags,
+    halfway_picture,
+    picture_of,
+    snr_of,
+)
+from synthlong.preparation.registration import mni_scan
 
 GOOD = Figures(
     brain_ml=1300.0,
@@ -226,3 +237,23 @@ def test_gray_levels_are_the_images(template):
     expected = np.clip(np.linspace(0, 2.5, 218) / GRAY_TOP, 0, 1) * 255
     shown = np.broadcast_to(expected.repeat(2), axial.shape[:2])
     assert np.abs(axial[plain] - shown[plain][:, None]).max() <= 1
+
+
+def test_visits_in_the_halfway_space_that_do_not_meet_are_flagged():
+    scan = mni_scan("FLAIR")
+    z = (scan - scan.mean()) / scan.std()
+    for shift, flags in ((0, []), (12, ["correlation of the visits"])):
+        images = [z, np.roll(z, shift, axis=1)]
+        alike = agreement(images, [image > 0 for image in images])
+        assert [flag.rsplit(" ", 1)[0] for same in alike for flag in halfway_flags(same)] == 2 * flags
+    assert halfway_flags(None) == []
+
+
+def test_the_halfway_picture_outlines_the_first_visits_head():
+    template = mni_scan("FLAIR")
+    head = template > 0
+    lesion = np.zeros(template.shape, np.uint8)
+    lesion[60:64, 100:104, 90:94] = 1
+    picture = halfway_picture(template - 0.3, lesion, head)
+    assert picture.shape == picture_of(template, lesion).shape
+    assert {(74, 163, 255), (255, 79, 79)} <= set(map(tuple, np.unique(picture.reshape(-1, 3), axis=0)))

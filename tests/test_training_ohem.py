@@ -244,6 +244,8 @@ def test_without_lightning_the_extra_is_named(monkeypatch, tmp_path, capsys):
     from synthlong_cli.main import main
 
     monkeypatch.setitem(sys.modules, "lightning", None)
-    monkeypatch.delitem(sys.modules, "synthlong.training.ohem")
+    for name in ("ohem", "loop"):
+        monkeypatch.delitem(sys.modules, f"synthlong.training.{name}", raising=False)
+        monkeypatch.delattr(f"synthlong.training.{name}", raising=False)
     assert main(["train", "ohem", str(tmp_path), "-o", "w.safetensors"]) == 2
     assert 'pip install "synthlong[train]"' in capsys.readouterr().err

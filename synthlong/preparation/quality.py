@@ -12,11 +12,22 @@ from scipy import ndimage
 from synthlong.pictures import Picture, gray_pixels, upright
 from synthlong.preparation.registration import mni_brain, mni_scan
 
-__all__ = ["BRAIN_ML", "Figures", "agreement", "correlation", "figures_of", "flags_of", "picture_of", "snr_of"]
+__all__ = [
+    "BRAIN_ML",
+    "Figures",
+    "agreement",
+    "correlation",
+    "figures_of",
+    "flags_of",
+    "halfway_flags",
+    "halfway_picture",
+    "picture_of",
+    "snr_of",
+]
 
 BRAIN_ML = (700, 2200)
 _LEAST_OVERLAP, _LEAST_TEMPLATE, _LEAST_AGREEMENT, _LEAST_SNR = 0.9, 0.2, 0.8, 5.0
-_LESION, _BRAIN = (255, 79, 79), (74, 163, 255)
+_LESION, _OUTLINE = (255, 79, 79), (74, 163, 255)
 _ZOOM = 2
 
 
@@ -59,11 +70,16 @@ def flags_of(figures: Figures) -> list[str]:
         flags.append(f"overlap with the MNI brain {figures.overlap:.2f}")
     if figures.template < _LEAST_TEMPLATE:  # 0.08 where a head is upside down or turned about
         flags.append(f"correlation with the template {figures.template:.2f}")
-    if figures.agreement is not None and figures.agreement < _LEAST_AGREEMENT:
-        flags.append(f"correlation of the visits {figures.agreement:.2f}")
+    flags += halfway_flags(figures.agreement)
     if figures.snr < _LEAST_SNR:
         flags.append(f"signal-to-noise ratio {figures.snr:.1f}")
     return flags
+
+
+def halfway_flags(agreement: float | None) -> list[str]:
+    """Return what is wrong with a visit in the halfway space: all that is known there is how alike the visits are."""
+    low = agreement is not None and agreement < _LEAST_AGREEMENT
+    return [f"correlation of the visits {agreement:.2f}"] if low else []
 
 
 def figures_of(
@@ -130,22 +146,37 @@ def picture_of(image: NDArray, lesions: NDArray) -> Picture:
         image: Prepared scan on the grid of MNI152, brain mode 1.
         lesions: Lesion voxels.
     """
-    brain = mni_brain()
-    places = [np.argwhere(brain).mean(axis=0).astype(int)]
+    return _rows(image, lesions, mni_brain())
+
+
+def halfway_picture(image: NDArray, lesions: NDArray, head: NDArray[np.bool_]) -> Picture:
+    """Return the same of a visit in the halfway space, with the outline of the first visit's head.
+
+    Args:
+        image: z-scored scan.
+        lesions: Lesion voxels.
+        head: Voxels of the first visit's head on the same grid.
+    """
+    outlined = ndimage.gaussian_filter(head.astype(np.float32), 2) > 0.5
+    return _rows(image / max(float(np.quantile(image, 0.99)), 1e-6) * 1.6, lesions, outlined)
+
+
+def _rows(image: NDArray, lesions: NDArray, outlined: NDArray[np.bool_]) -> Picture:
+    places = [np.argwhere(outlined).mean(axis=0).astype(int)]
     labels, count = ndimage.label(lesions, np.ones((3, 3, 3)))
     if count:
         largest = np.bincount(labels.ravel())[1:].argmax() + 1
         inside = np.argwhere(labels == largest)
         places.append(inside[len(inside) // 2])
-    return np.vstack([_row(image, lesions, brain, place) for place in places])
+    return np.vstack([_row(image, lesions, outlined, place) for place in places])
 
 
-def _row(image: NDArray, lesions: NDArray, brain: NDArray, place: NDArray) -> Picture:
+def _row(image: NDArray, lesions: NDArray, outlined: NDArray, place: NDArray) -> Picture:
     planes = []
     for axis in (2, 1, 0):
-        plane, lesion, outline = (upright(np.take(a, place[axis], axis)) for a in (image, lesions, brain))
+        plane, lesion, outline = (upright(np.take(a, place[axis], axis)) for a in (image, lesions, outlined))
         pixels = np.kron(np.repeat(gray_pixels(plane)[..., None], 3, axis=2), np.ones((_ZOOM, _ZOOM, 1), np.uint8))
-        for mask, colour in ((outline, _BRAIN), (lesion, _LESION)):
+        for mask, colour in ((outline, _OUTLINE), (lesion, _LESION)):
             pixels[_edge(np.kron(mask != 0, np.ones((_ZOOM, _ZOOM), bool)))] = colour
         planes.append(pixels)
     height = _ZOOM * max(image.shape[1:])

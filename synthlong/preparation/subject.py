@@ -26,7 +26,15 @@ from synthlong.nifti import Volume, read_nifti, write_nifti
 from synthlong.pictures import png_bytes
 from synthlong.preparation.config import PreparationConfig
 from synthlong.preparation.derivatives import figure_name, file_name, way_name
-from synthlong.preparation.quality import BRAIN_ML, agreement, figures_of, flags_of, picture_of
+from synthlong.preparation.quality import (
+    BRAIN_ML,
+    agreement,
+    figures_of,
+    flags_of,
+    halfway_flags,
+    halfway_picture,
+    picture_of,
+)
 from synthlong.preparation.registration import MNI, Image, align_visits, mni_at, register, upright
 from synthlong.preparation.scans import Scan
 from synthlong.preparation.tools import brain_mask, correct_bias, denoise
@@ -37,6 +45,9 @@ __all__ = ["STEPS", "Record", "prepare_subject"]
 
 STEPS = 3
 """Of each visit: it is read and cleaned, registered, written."""
+
+_PICTURE_MM = 1.0
+"""Voxels of pictures and figures of the halfway space, about."""
 
 _MOTION: dict[str, Literal["Rigid", "Affine"]] = {"rigid": "Rigid", "affine": "Affine"}
 _MOST_CUT = 0.05  # of a face of the grid: a brain stem may be cut there, a neck is wider
@@ -350,7 +361,8 @@ def _halfway(
     ways = align_visits(heads, motion=_MOTION[config.visits], report=report)
     target = Grid.around(grids, ways, spacing_mm=config.spacing_mm)
     report()
-    records = []
+    every = max(round(_PICTURE_MM / config.spacing_mm), 1)
+    images, drawn_on, moments, natives = [], [], [], []
     for scan, flair, grid, way, mask, drawn in zip(scans, flairs, grids, ways, masks, new, strict=True):
 
         def write(what: str, data: NDArray, scan: Scan = scan) -> None:
@@ -359,12 +371,25 @@ def _halfway(
         step = target.step_to(grid, way)
         image = resample(flair.data, step, target.shape)
         mean, sd = float(image.mean(dtype=np.float64)), float(image.std(dtype=np.float64))
-        write("FLAIR.nii.gz", (image - np.float32(mean)) / np.float32(sd))
+        image = (image - np.float32(mean)) / np.float32(sd)
+        write("FLAIR.nii.gz", image)
+        lesions = np.zeros(target.shape, np.uint8)
         if mask is not None:
-            write("desc-lesions_mask.nii.gz", carry_mask(mask.data != 0, step, target.shape))
+            lesions |= (carried := carry_mask(mask.data != 0, step, target.shape))
+            write("desc-lesions_mask.nii.gz", carried)
         if drawn is not None:
-            write("desc-newlesions_mask.nii.gz", _carried(drawn, way, target))
-        native = _write_way(scan, grid, way, folder, space="halfway")
-        records.append(Record(native, {"mean": mean, "sd": sd}, []))
+            lesions |= (carried := _carried(drawn, way, target))
+            write("desc-newlesions_mask.nii.gz", carried)
+        images.append(image[::every, ::every, ::every].copy())
+        drawn_on.append(lesions[::every, ::every, ::every].copy())
+        moments.append({"mean": mean, "sd": sd})
+        natives.append(_write_way(scan, grid, way, folder, space="halfway"))
         report()
+    within = [seen > 0 for seen in images]
+    alike = agreement(list(images), within)
+    records = []
+    for scan, seen, marked, moment, native, same in zip(scans, images, drawn_on, moments, natives, alike, strict=True):
+        (folder / figure_name(scan.id)).write_bytes(png_bytes(halfway_picture(seen, marked, within[0])))
+        figures: dict[str, object] = {**moment, "agreement": None if same is None else round(same, 4)}
+        records.append(Record(native, figures, halfway_flags(same)))
     return records
