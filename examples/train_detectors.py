@@ -41,6 +41,8 @@ volume_log_sd = 1.5
 stable_mean = 2.0
 """
 
+LICENCE = "open_ms: CC BY; mslesseg: listed as CC BY 4.0"
+
 SHARED = """\
 folds = 7
 batch = {batch}
@@ -77,7 +79,8 @@ def train(work: Path, name: str, stage: str, *words: object) -> None:
     """Train, unless it was done before."""
     out = work / f"{name}.safetensors"
     if not out.exists():
-        run("train", stage, *words, "-o", out, "--config", work / f"{name}.toml", "--threads", 1)
+        words += ("-o", out, "--config", work / f"{name}.toml", "--threads", 1, "--licence", LICENCE)
+        run("train", stage, *words)
 
 
 def bright_spots(flair: Path) -> np.ndarray:

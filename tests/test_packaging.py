@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ASSETS = {"prior.npz", "tissue.npz", "lesion_bank.npz", "inpainter.safetensors", "generator.safetensors"}
+ASSETS = {"prior.npz", "tissue.npz", "lesion_bank.npz"} | {
+    f"{name}.safetensors" for name in ("inpainter", "generator", "siamese", "concat")
+}
 
 
 def test_packages_are_the_folders():
@@ -59,9 +61,9 @@ def test_shipped_weights_are_those_of_their_cards():
     import hashlib
     import json
 
-    for name in ("inpainter", "generator"):
+    for name, settings in (("inpainter", "fit"), ("generator", "fit"), ("siamese", "train"), ("concat", "train")):
         card = json.loads((ROOT / "synthlong" / "assets" / f"{name}.json").read_text())
         data = (ROOT / "synthlong" / "assets" / f"{name}.safetensors").read_bytes()
         assert hashlib.sha256(data).hexdigest() == card["sha256"]
-        assert {"command", "licence", "patients", "held_out", "curve", "fit"} <= card.keys()
+        assert {"command", "licence", "patients", "held_out", "curve", settings} <= card.keys()
         assert len(data) < 10e6
