@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from synthlong.detection.scores import LesionScores, lesion_scores
 from synthlong.errors import InputWarning
 from synthlong.manifest import manifest_rows
 
-_SCORES = ("Dice", "F1_score", "SensL", "PPVL", "Sensitivity", "PPV")
+_SCORES = ("Dice", "F1_score", "SensL", "PPVL", "Sensitivity", "PPV", "NbTestedLesions", "VolTestedLesions")
 _THRESHOLDS = np.arange(0.05, 1.0, 0.025)
 _SMOOTHING, _BORDER = 1.5, 4
 
@@ -36,8 +37,9 @@ def read_pairs(manifest: Path) -> Iterator[tuple[str, Case, Case]]:
     for subject, _, paths in manifest_rows(manifest, needed=("baseline", "followup", "mask"), optional=()):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", InputWarning)
-            visits = (read_case(paths[visit], paths["mask"], subject=subject) for visit in ("baseline", "followup"))
-            yield subject, *visits
+            baseline, followup = (read_case(paths[visit], subject=subject) for visit in ("baseline", "followup"))
+            truth = read_case(paths["followup"], paths["mask"], subject=subject).lesions
+        yield subject, baseline, replace(followup, lesions=truth)
 
 
 def subtracted(baseline: Case, followup: Case) -> tuple[float, LesionScores]:
@@ -46,8 +48,15 @@ def subtracted(baseline: Case, followup: Case) -> tuple[float, LesionScores]:
     brain = ndimage.binary_erosion((baseline.brain & followup.brain) > 0, iterations=_BORDER)
     difference[~brain] = 0
     scores = {float(threshold): scored(followup, without_specks(difference > threshold)) for threshold in _THRESHOLDS}
-    best = max(scores, key=lambda threshold: np.nan_to_num(scores[threshold].dice + scores[threshold].lesion_f1))
+    best = max(scores, key=lambda threshold: goodness(scores[threshold]))
     return best, scores[best]
+
+
+def goodness(scores: LesionScores) -> float:
+    """Return the mean of Dice and lesion F1; without true lesions, less the more is found."""
+    if scores.dice is None or scores.lesion_f1 is None:
+        return -float(scores.tested_volume_mm3 or 0)
+    return (scores.dice + scores.lesion_f1) / 2
 
 
 def without_specks(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -78,7 +87,7 @@ def main() -> None:
             found = detect(baseline, followup, networks, threshold=arguments.threshold, precision=arguments.precision)
             results[name] = (len(found.lesions), scored(followup, found.mask))
         for name, (count, scores) in results.items():
-            values = ",".join(f"{scores.as_dict()[score]:.3f}" for score in _SCORES)
+            values = ",".join("" if v is None else f"{v:.3f}" for v in map(scores.as_dict().get, _SCORES))
             print(f"{subject},{name},{lesions},{count},{values}", flush=True)
 
 

@@ -32,7 +32,7 @@ def detect(
     work: Path = typer.Option(None, help="Folder for prepared scans, used again.  [default: a temporary one]"),
     config: Path = typer.Option(None, help="PreparationConfig as TOML, for raw scans."),
     precision: Precision = typer.Option(Precision.auto, help="auto: bf16 where it does not change the mask."),
-    device: str = typer.Option("cpu", help="Torch device, e.g. cuda:0."),
+    device: str = typer.Option(None, help="Torch device, e.g. cuda:0.  [default: cpu, or what --config says]"),
     threads: int = typer.Option(0, min=0, help="CPU threads; 0: all. They change no bit."),
     prefer: Prefer = typer.Option(None, help="Which of two disagreeing orientations to use."),
 ) -> None:
@@ -56,8 +56,9 @@ def detect(
     inputs = [path for path in (baseline, followup, baseline_brain, followup_brain, *weights) if path is not None]
     cards = [path.with_suffix(".json") for path in weights]
     check_places(out, inputs=[*inputs, *cards], probability=probability, picture=picture)
-    check_device(device)
     chosen = PreparationConfig.from_toml(config) if config else PreparationConfig()
+    device = device or chosen.device
+    check_device(device)
     paths = weights or [inference.shipped_detector()]
     networks = inference.read_detectors(paths)
     if threads:

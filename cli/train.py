@@ -39,8 +39,10 @@ def _shared(
     device: str = typer.Option(None, help="cpu or cuda.  [default: cpu]"),
     devices: int = typer.Option(None, help="GPUs or processes of a node.  [default: 1]"),
     nodes: int = typer.Option(None, help="Nodes.  [default: 1]"),
-    threads: int = typer.Option(0, help="CPU threads; 0: all. With 1 the weights are the same again, bit for bit."),
-    readers: int = typer.Option(2, help="Threads that read patches ahead, or processes that make pairs."),
+    threads: int = typer.Option(
+        0, min=0, help="CPU threads; 0: all. With 1 the weights come out the same, bit for bit."
+    ),
+    readers: int = typer.Option(2, min=0, help="Threads that read patches ahead, or processes that make pairs."),
     tensorboard: bool = typer.Option(True, help="Log to a folder beside the weights."),
     licence: str = typer.Option("unknown", help="Licence of the data, for the card."),
 ) -> None:
@@ -199,7 +201,8 @@ def finetune(
     with asked.running() as options:
         made = stages.finetune(source, out, weights=weights, config=config, fold=fold, **options)
     for figures in made:
-        _tell(f"{out.stem}.fold-{figures['train']['fold']}{out.suffix}", figures)
+        one = f"{out.stem}.fold-{figures['train']['fold']}{out.suffix}"
+        _tell(one if config.folds > 1 else out.name, figures)
 
 
 @_stage

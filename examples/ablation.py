@@ -9,7 +9,8 @@ lesion masks. Five ways to train on the real pairs, each scored on whole scans o
 on synthetic pairs; (d) (a) with artifacts; (e) all of it.
 
 Every training has the same number of steps. Patients held out choose no weights: those of the last step are scored.
-What was trained is found again in the folder; weights are of no use afterwards.
+What was trained is found again in the folder, so choose another one for other options. CASES must not hold patients
+of PAIRS.csv: the first stages learn from all of them.
 """
 
 from __future__ import annotations
@@ -162,9 +163,10 @@ def score(weights: Path, pair: Pair) -> NDArray[np.float64]:
     """Return a patient's row of the table."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", InputWarning)
-        visits = [read_case(path, pair.mask, subject=pair.subject) for path in (pair.baseline, pair.followup)]
-    found = detect(*visits, read_detectors([weights]))
-    scores = lesion_scores(visits[1].lesions, found.mask, (1.0, 1.0, 1.0))
+        baseline, followup = (read_case(path, subject=pair.subject) for path in (pair.baseline, pair.followup))
+        truth = read_case(pair.followup, pair.mask, subject=pair.subject).lesions
+    found = detect(baseline, followup, read_detectors([weights]))
+    scores = lesion_scores(truth, found.mask, (1.0, 1.0, 1.0))
     if scores.dice is None or scores.lesion_f1 is None:
         return np.full(len(COLUMNS), np.nan)  # no true lesion: these scores are not defined
     both = (scores.dice + scores.lesion_f1) / 2
@@ -177,21 +179,22 @@ def show(rows: dict[str, NDArray[np.float64]]) -> None:
     Args:
         rows: By method, `(seeds, patients, columns)`.
     """
-    print(f"{'':22}" + "".join(f"{name:>17}" for name in COLUMNS))
+    print(f"{'':22}" + "".join(f"{name:>24}" for name in COLUMNS))
     baseline = np.nanmean(next(iter(rows.values())), axis=0)
     for name, values in rows.items():
         patients = np.nanmean(values, axis=0)
-        sem = np.nanstd(patients, axis=0, ddof=1) / np.sqrt(len(patients)) if len(patients) > 1 else np.nan
+        count = (~np.isnan(patients)).sum(axis=0)
+        sem = np.nanstd(patients, axis=0, ddof=1) / np.sqrt(count) if count.min() > 1 else np.nan
         cells = []
         for n, (mean, error) in enumerate(zip(np.nanmean(patients, axis=0), np.broadcast_to(sem, 5), strict=True)):
             known = ~np.isnan(patients[:, n] + baseline[:, n])
             change = (patients - baseline)[known, n]
             p = f" p {wilcoxon(change).pvalue:.2f}" if change.any() else ""
             cells.append(f"{mean:.3f}+-{error:.3f}{p}")
-        print(f"{name:22}" + "".join(f"{cell:>17}" for cell in cells))
+        print(f"{name:22}" + "".join(f"{cell:>24}" for cell in cells))
         if len(values) > 1:
             spread = np.nanstd(np.nanmean(values, axis=1), axis=0, ddof=1)
-            print(f"{'  SD over seeds':22}" + "".join(f"{sd:>17.3f}" for sd in spread))
+            print(f"{'  SD over seeds':22}" + "".join(f"{sd:>24.3f}" for sd in spread))
 
 
 def parser(text: str | None) -> argparse.ArgumentParser:

@@ -96,3 +96,16 @@ def test_whole_scans(scans):
     visit = patches._scans[0].visits[1]
     assert abs(visit.mean()) < 1e-3
     assert abs(visit.std() - 1) < 1e-3
+
+
+def test_a_patient_may_have_several_pairs(scans, tmp_path):
+    """As `prepare` lists three visits: a row for each follow-up."""
+    header, row, other = scans.read_text().splitlines()[:3]
+    again = scans.with_name("again.csv")
+    again.write_text("\n".join([header, row, other, row]) + "\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InputWarning)
+        once, twice = (read_patches(path, side=16, split=None, fold=0, folds=1) for path in (scans, again))
+    assert set(twice.subjects) <= set(once.subjects)
+    rng = np.random.default_rng(0)
+    assert all(len(d) == 5 for d in twice.draw(rng, 5, 2))

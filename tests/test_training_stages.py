@@ -18,7 +18,7 @@ from synthlong.synthesis import SynthesisConfig
 from synthlong.training.augmented import AugmentedPatches
 from synthlong.training.loop import rng_at
 from synthlong.training.patches import read_patches
-from synthlong.training.stages import FinetuneConfig, PretrainConfig, SegmentConfig, pretrain
+from synthlong.training.stages import FinetuneConfig, PretrainConfig, SegmentConfig, _Made, pretrain
 from synthlong.weights import read_weights, write_weights
 
 TINY = {
@@ -131,6 +131,21 @@ def test_the_batch_of_a_step_is_the_same_for_any_number_of_processes(run):
     assert whole[0].mean() == pytest.approx(1, abs=0.05)  # brain mode 1, not z-scored
 
 
+@pytest.mark.parametrize(("batch", "share"), [(1, 0.5), (4, 0.5), (5, 0.3), (3, 1.0), (2, 0.0)])
+def test_the_share_of_positive_patches_is_kept_over_the_steps(batch, share):
+    class Counting:
+        count = 0
+
+        def draw(self, rng, count, positive):
+            self.count += positive
+            return (np.zeros(1),)
+
+    counting, config = Counting(), PretrainConfig(batch=batch, positive_share=share)
+    for step in range(40):
+        config.draw(counting, step, 0)
+    assert counting.count == round(40 * batch * share)
+
+
 def test_orientation_and_acquisition_are_those_drawn(run):
     patches = read_patches(run, side=8, split="train", fold=0, folds=2, network=SiameseUNet)
     drawn = AugmentedPatches(patches, artifacts="kamraoui", orientations="all").draw(rng_at(0, 1, 2), 1, 1)
@@ -191,7 +206,9 @@ def test_pretrain_on_shards_learns_and_keeps_the_encoder(run, first, tmp_path):
 def test_the_encoder_may_learn_too(run, first, tmp_path):
     config = PretrainConfig(**TINY, trainable="all")
     options = {"encoder": first / "s.safetensors", "config": config, "card": CARD, "tensorboard": False}
+    (tmp_path / "p.work").mkdir()
     pretrain(run, tmp_path / "p.safetensors", **options)
+    assert (tmp_path / "p.work").exists()  # it is not its own
     made, _ = read_weights(tmp_path / "p.safetensors", task="siamese")
     assert not same_encoder(made, read_weights(first / "s.safetensors", task="segmentation")[0])
 
@@ -267,6 +284,7 @@ def test_pairs_made_on_the_fly_go_on_in_mid_epoch(manifest, first, tmp_path):
     pretrain(manifest, tmp_path / "whole.safetensors", readers=2, **options)
     assert (tmp_path / "whole.safetensors").read_bytes() == (tmp_path / "cut.safetensors").read_bytes()
     assert not (tmp_path / "cut.work").exists()
+    assert list(_Made(None, steps=range(30, 30), workers=0)) == []  # stopped after its last step
     card = json.loads((tmp_path / "whole.json").read_text())
     assert not set(card["patients"]) & set(card["held_out"])
     assert card["train"]["synthesis"]["box"] == 16
@@ -279,6 +297,7 @@ def test_bad_inputs(run, first, tmp_path, capsys):
         (["pretrain", run, "-o", out, "--encoder", first / "none.safetensors"], "train segment"),
         (["pretrain", run, "-o", out, "--encoder", first / "s.safetensors", "--side", 15], "multiple of 2"),
         (["finetune", run, "-o", out, "--weights", first / "s.safetensors"], "train pretrain"),
+        (["pretrain", run, "-o", first / "s.safetensors", "--encoder", first / "s.safetensors"], "choose another name"),
         (["segment", tmp_path / "none", "-o", out], "no such file or folder"),
         (["segment", run, "-o", tmp_path / "w.pt"], "named *.safetensors"),
     ]

@@ -129,7 +129,7 @@ def _as_they_are(files: tuple[Volume, Volume], brains: _Masks, prefer: str | Non
         if one.get("subject") != other.get("subject"):
             problem = f"was prepared as subject '{other.get('subject')}', the baseline as '{one.get('subject')}'"
             raise InputError(files[1].path, problem, "pass two visits of one patient, or the raw scans")
-        if (one.get("space"), one.get("visits")) != ("MNI152", other.get("visits")):
+        if one.get("space") != "MNI152" or any(one.get(key) != other.get(key) for key in ("visits", "stamp")):
             return "the follow-up was not prepared together with the baseline"
         return _both(files, brains, prefer)
     for role, file in zip(_ROLES, files, strict=True):

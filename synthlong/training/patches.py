@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -28,7 +28,7 @@ from synthlong.dataset.shards import ShardDataset, subjects_of
 from synthlong.detection.networks import ConcatUNet, LongitudinalUNet, SegmentationUNet
 from synthlong.errors import ConfigError, InputError, InputWarning
 from synthlong.hole import grown_box
-from synthlong.manifest import CaseFiles, check_ids, find_cases, manifest_rows
+from synthlong.manifest import CaseFiles, find_cases, manifest_rows
 from synthlong.recipe import Recipe
 
 __all__ = ["Drawn", "Patches", "ScanPatches", "ShardPatches", "read_patches"]
@@ -215,10 +215,11 @@ def _visits(source: Path) -> dict[str, list[Callable[[], _Scans]]]:
 def _pairs(
     manifest: Path, seen: Callable[[NDArray[np.float32]], NDArray[np.float32]]
 ) -> dict[str, list[Callable[[], _Scans]]]:
-    """Return what reads both visits of each patient."""
-    rows = list(manifest_rows(manifest, needed=("baseline", "followup", "mask"), optional=()))
-    check_ids(manifest, [subject for subject, _, _ in rows])
-    return {subject: [partial(_read_pair, seen, subject=subject, **paths)] for subject, _, paths in rows}
+    """Return what reads the pairs of each patient; a row is a pair, a patient with three visits has two."""
+    readers: dict[str, list[Callable[[], _Scans]]] = {}
+    for subject, _, paths in manifest_rows(manifest, needed=("baseline", "followup", "mask"), optional=()):
+        readers.setdefault(subject, []).append(partial(_read_pair, seen, subject=subject, **paths))
+    return readers
 
 
 def _read_visit(files: CaseFiles) -> _Scans:
@@ -234,9 +235,10 @@ def _read_pair(
     mask: Path,
 ) -> _Scans:
     """Read them as `detect` would see them."""
-    before, after = (read_case(visit, mask, subject=subject) for visit in (baseline, followup))
+    before, after = (read_case(visit, subject=subject) for visit in (baseline, followup))
     check_same_grid(before, after, path=followup)
-    return _Scans.of(followup.name, seen, before, after)
+    truth = read_case(followup, mask, subject=subject).lesions
+    return _Scans.of(followup.name, seen, before, replace(after, lesions=truth))
 
 
 def _room(count: int, side: int, *, visits: int) -> Drawn:

@@ -15,6 +15,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -90,10 +91,14 @@ class StageConfig(TrainingConfig):
 
     def draw(self, patches: Patches, step: int, rank: int) -> Drawn:
         """Draw what one process sees at a step: every `ranks`-th patch of the batch."""
-        positive = round(self.positive_share * self.batch)
         numbers = range(rank, self.batch, self.ranks)
-        drawn = [patches.draw(rng_at(self.seed, step, n), 1, int(n < positive)) for n in numbers]
+        drawn = [patches.draw(rng_at(self.seed, step, n), 1, self._positives(step, n)) for n in numbers]
         return tuple(np.concatenate(parts) for parts in zip(*drawn, strict=True))
+
+    def _positives(self, step: int, n: int) -> int:
+        """Return 1 where a patch is positive: the first of a step, as many as the share has made whole by then."""
+        before, after = (math.floor(s * self.batch * self.positive_share + 1e-9) for s in (step, step + 1))
+        return int(n < after - before)
 
     def check_augmentation(self) -> None:
         """Check artifacts and orientations."""
@@ -241,19 +246,20 @@ def pretrain(
         network = SiameseUNet.from_segmentation(trained)
     if config.trainable == "decoder":
         network.freeze_encoder()
+    _keep(encoder, out)
     seen: _Seen
-    work = out.with_suffix(".work")
     if (source / "run.json").exists():
         plan = read_plan(source)
         config = replace(config, synthesis=SynthesisConfig.from_dict(plan["config"]))
         seen = _DrawnPatches(source, config, SiameseUNet, readers=readers)
     else:
         config = replace(config, synthesis=settled(replace(config.synthesis, box=config.side)))
-        seen = _MadePairs(source, config, work=work, readers=readers)
+        seen = _MadePairs(source, config, work=out.with_suffix(".work"), readers=readers)
     about = {**seen.about, "encoder": sha256}
     model = _Stage("pretrain", config, network, seen, about=about, checkpoint=_checkpoint(out), progress=progress)
     figures = fit(model, out, card=card, tensorboard=tensorboard)
-    shutil.rmtree(work, ignore_errors=True)
+    if isinstance(seen, _MadePairs):
+        seen.remove()
     return figures
 
 
@@ -301,6 +307,7 @@ def finetune(
         seen = _DrawnPatches(source, config, SiameseUNet, readers=readers)
         about = {**seen.about, "weights": sha256}
         path = out.with_name(f"{out.stem}.fold-{number}.safetensors") if config.folds > 1 else out
+        _keep(weights, path)
         model = _Stage("finetune", config, network, seen, about=about, checkpoint=_checkpoint(path), progress=progress)
         done = _finished(path, model)
         figures.append(done or fit(model, path, card=card, tensorboard=tensorboard))
@@ -363,7 +370,7 @@ class _MadePairs:
             held_out = subjects_of("validation", patients, fold=config.fold, folds=config.folds)
         self.about: dict[str, Any] = {"patients": sorted(set(patients) - held_out), "held_out": sorted(held_out)}
         self.about["source"] = sha256_of(source)
-        self._readers = readers
+        self._steps, self._readers, self._work = config.steps, readers, work
 
         def pairs_of(chosen: list[CaseFiles], *, pairs: int, batch: int) -> PairStream:
             options: dict[str, Any] = {"pairs": pairs, "keys": self._KEYS, "batch_size": batch, "work": work}
@@ -378,23 +385,38 @@ class _MadePairs:
             self._validation = tuple(np.stack([s[key].numpy() for s in samples]) for key in self._KEYS)
 
     def batches(self, first: int, rank: int) -> _Made:
-        return _Made(self._training, first=first, workers=self._readers)
+        return _Made(self._training, steps=range(first, self._steps), workers=self._readers)
 
     def validation(self) -> Drawn | None:
         return self._validation
+
+    def remove(self) -> None:
+        """Remove the prepared cases, and nothing else that may lie beside them."""
+        for path in self._work.glob("case-*"):
+            shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):
+            self._work.rmdir()
 
 
 class _Made:
     """The batches of a stream from a step on."""
 
-    def __init__(self, stream: PairStream, *, first: int, workers: int) -> None:
-        self._stream, self._first, self._workers = stream, first, workers
+    def __init__(self, stream: PairStream, *, steps: range, workers: int) -> None:
+        self._stream, self._steps, self._workers = stream, steps, workers
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        if not self._steps:  # Lightning asks, even where a training stopped after its last step
+            return
         loader = self._stream.loader(num_workers=self._workers)
-        loader.load_state_dict({**loader.state_dict(), "epoch": 0, "batches": self._first})
+        loader.load_state_dict({**loader.state_dict(), "epoch": 0, "batches": self._steps.start})
         for batch in loader:
             yield tuple(batch[key] for key in self._stream.keys)
+
+
+def _keep(weights: Path, out: Path) -> None:
+    """Raise a ConfigError if a training would write over the weights it begins with."""
+    if weights.resolve() == out.resolve():
+        raise ConfigError(f"-o {out.name}: are the weights that the training begins with; choose another name")
 
 
 def _checkpoint(out: Path) -> Path:
