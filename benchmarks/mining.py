@@ -11,7 +11,6 @@ Dice of every setting, mean and standard error over the seeds, into `mining/curv
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +32,13 @@ _POINTS = 20
 
 
 def train(source: Path, out: Path, setting: dict[str, Any], seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Train with one setting, or return the card of the training that was done before."""
-    card = out.with_suffix(".json")
-    if not card.exists():
-        steps = round(options.steps * (1 if setting.get("mining", True) else _WITHOUT_MINING))
-        every = max(steps // _POINTS, 1)
-        scale = {"side": options.side, "widths": tuple(options.widths), "folds": options.folds, "fold": options.fold}
-        scale |= {"candidates": options.candidates, "batch": options.batch, "validation_patches": 512}
-        config = OhemConfig(**scale, **setting, steps=steps, seed=seed, report_every=every, checkpoint_every=every)
-        train_ohem(source, out, config=config, card={}, tensorboard=False)
-    return dict(json.loads(card.read_bytes()))
+    """Return the figures of a training with one setting; what was done before is found again."""
+    steps = round(options.steps * (1 if setting.get("mining", True) else _WITHOUT_MINING))
+    every = max(steps // _POINTS, 1)
+    scale = {"side": options.side, "widths": tuple(options.widths), "folds": options.folds, "fold": options.fold}
+    scale |= {"candidates": options.candidates, "batch": options.batch, "validation_patches": 512}
+    config = OhemConfig(**scale, **setting, steps=steps, seed=seed, report_every=every, checkpoint_every=every)
+    return train_ohem(source, out, config=config, card={}, tensorboard=False)
 
 
 def draw(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:

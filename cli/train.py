@@ -197,7 +197,8 @@ def finetune(
         from synthlong.training import stages
     asked.note(schedule=schedule)
     asked.say(weights=weights.name)
-    config, fold = asked.config(stages.FinetuneConfig), asked.given.get("fold")
+    config = asked.config(stages.FinetuneConfig)
+    fold = asked.given.get("fold", config.fold or None)  # 0 is the default in a file, and means all
     with asked.running() as options:
         made = stages.finetune(source, out, weights=weights, config=config, fold=fold, **options)
     for figures in made:

@@ -9,7 +9,7 @@ lesion masks. Five ways to train on the real pairs, each scored on whole scans o
 on synthetic pairs; (d) (a) with artifacts; (e) all of it.
 
 Every training has the same number of steps. Patients held out choose no weights: those of the last step are scored.
-What was trained is found again in the folder, so choose another one for other options. CASES must not hold patients
+What was trained with the same options is found again in the folder. CASES must not hold patients
 of PAIRS.csv: the first stages learn from all of them.
 """
 
@@ -20,6 +20,7 @@ import csv
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -100,17 +101,15 @@ class Scale:
         plain = {"steps": self.steps, "side": self.side, "batch": self.batch, "seed": self.seed, "folds": 1}
         return {**plain, "learning_rate": self.learning_rate, "schedule": "cosine", "report_every": self.steps}
 
+    @cache  # noqa: B019
     def begin(self, method: Method) -> Path:
         """Return the weights that a method has before it sees a real pair."""
         parts = [name for name in ("transfer", "synthetic", "artifacts") if getattr(method, name)]
         out = self.out / f"begin-{'-'.join(parts) or 'random'}-seed{self.seed}.safetensors"
-        if out.exists():
-            return out
         encoder = out.with_name(out.name.replace("begin", "encoder"))
         if method.transfer:
             options = {**self.shared(), "widths": self.widths, "artifacts": method.preset}
-            if not encoder.exists():
-                segment(self.cases, encoder, config=SegmentConfig.from_dict(options), card={}, tensorboard=False)
+            segment(self.cases, encoder, config=SegmentConfig.from_dict(options), card={}, tensorboard=False)
         else:
             torch.manual_seed(self.seed)
             network = SegmentationUNet(SegmentConfig(widths=self.widths).network)

@@ -2,6 +2,7 @@ import json
 import shutil
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,7 @@ from synthlong.synthesis import SynthesisConfig
 from synthlong.training.augmented import AugmentedPatches
 from synthlong.training.loop import rng_at
 from synthlong.training.patches import read_patches
-from synthlong.training.stages import FinetuneConfig, PretrainConfig, SegmentConfig, _Made, pretrain
+from synthlong.training.stages import FinetuneConfig, PretrainConfig, SegmentConfig, _Made, finetune, pretrain
 from synthlong.weights import read_weights, write_weights
 
 TINY = {
@@ -288,6 +289,20 @@ def test_pairs_made_on_the_fly_go_on_in_mid_epoch(manifest, first, tmp_path):
     card = json.loads((tmp_path / "whole.json").read_text())
     assert not set(card["patients"]) & set(card["held_out"])
     assert card["train"]["synthesis"]["box"] == 16
+
+
+def test_what_is_finished_stays_until_something_changes(manifest, first, tmp_path):
+    pairs, out = write_scans(tmp_path, manifest), tmp_path / "w.safetensors"
+    options = {"weights": first / "p.safetensors", "card": CARD, "tensorboard": False}
+    config = FinetuneConfig(**TINY | {"folds": 1, "steps": 2})
+    times = []
+    for change in (None, None, "scan"):
+        if change:
+            volume = nib.load(tmp_path / "a_followup.nii.gz")
+            nib.save(nib.Nifti1Image(volume.get_fdata(dtype=np.float32) * 2, volume.affine), volume.get_filename())
+        finetune(pairs, out, config=config, **options)
+        times.append(out.stat().st_mtime_ns)
+    assert times[0] == times[1] < times[2]
 
 
 def test_bad_inputs(run, first, tmp_path, capsys):

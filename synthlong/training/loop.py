@@ -10,6 +10,7 @@ bit on one CPU thread.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import threading
@@ -34,13 +35,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from synthlong.dataset.prepared import plain_hash
-from synthlong.detection.networks import ConcatUNet
+from synthlong.detection.networks import ConcatUNet, SegmentationUNet
 from synthlong.errors import InputError
-from synthlong.manifest import find_cases
+from synthlong.manifest import find_cases, manifest_rows
 from synthlong.networks import UNet, default_precision
 from synthlong.options import Options
-from synthlong.training.patches import Drawn, Network, Patches, read_patches
-from synthlong.weights import write_weights
+from synthlong.training.patches import PAIR, Drawn, Network, Patches, read_patches
+from synthlong.weights import read_weights, write_weights
 
 __all__ = [
     "LAYOUTS",
@@ -282,7 +283,8 @@ class Training(lightning.LightningModule):
 def fit(model: Training, out: Path, *, card: dict[str, Any], tensorboard: bool = True) -> dict[str, Any]:
     """Train, write the weights with the best validation Dice and their card, return its figures.
 
-    Where there is a checkpoint, the training goes on from it; at the end it is removed.
+    Where there is a checkpoint, the training goes on from it; at the end it is removed. What was finished with the
+    same settings stays as it is.
 
     Args:
         model: What to train.
@@ -293,6 +295,8 @@ def fit(model: Training, out: Path, *, card: dict[str, Any], tensorboard: bool =
     Raises:
         InputError: The checkpoint is damaged or of another training, the loss is not finite.
     """
+    if done := _finished(out, model):
+        return done
     config, checkpoint = model.config, model.checkpoint
     _check_resumable(checkpoint, model.stage, model.settings)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -321,6 +325,21 @@ def fit(model: Training, out: Path, *, card: dict[str, Any], tensorboard: bool =
         write_weights(out, model.network, task=model.network.task, card={**card, **model.about, **figures})
         checkpoint.unlink(missing_ok=True)
     return figures
+
+
+def _finished(out: Path, model: Training) -> dict[str, Any] | None:
+    """Return the figures of a training that is done: its card says the same settings, its weights can be read."""
+    card = out.with_suffix(".json")
+    if model.checkpoint.exists() or not (out.exists() and card.exists()):
+        return None
+    try:
+        made = json.loads(card.read_bytes())
+    except ValueError:
+        return None
+    if {**made.get("train", {}), **{key: made.get(key) for key in model.about}} != model.settings:
+        return None
+    read_weights(out, task=model.network.task)
+    return {key: made[key] for key in ("curve", "best", "train", "seconds")}
 
 
 class Ahead:
@@ -390,7 +409,7 @@ def read_sides(
     held_out = read_patches(source, split="validation", **options) if config.folds > 1 else None
     training = read_patches(source, split="train" if held_out else None, **options)
     about = {"patients": training.subjects, "held_out": held_out.subjects if held_out else []}
-    return training, held_out, {**about, "source": sha256_of(source)}
+    return training, held_out, {**about, "source": sha256_of(source, pairs=network is not SegmentationUNet)}
 
 
 def drawn_from(held_out: Patches | None, config: TrainingConfig, positive_share: float) -> Drawn | None:
@@ -401,12 +420,24 @@ def drawn_from(held_out: Patches | None, config: TrainingConfig, positive_share:
     return held_out.draw(rng, config.validation_patches, round(positive_share * config.validation_patches))
 
 
-def sha256_of(source: Path) -> str:
-    """Return the SHA-256 of a run's index or a manifest; of a folder of cases, a hash of all its files'."""
-    if source.is_dir() and not (source / "index.json").exists():
+def sha256_of(source: Path, *, pairs: bool) -> str:
+    """Return the SHA-256 of a run's index; of a manifest or folder of cases, a hash of all the files it lists.
+
+    Args:
+        source: Where the data are.
+        pairs: A manifest lists pairs of visits, not cases.
+    """
+    if (source / "index.json").exists():
+        return hashlib.sha256((source / "index.json").read_bytes()).hexdigest()
+    if not pairs:
         return plain_hash({files.subject: files.hashes() for files in find_cases(source)})
-    listing = source / "index.json" if source.is_dir() else source
-    return hashlib.sha256(listing.read_bytes()).hexdigest()
+    rows = manifest_rows(source, needed=PAIR, optional=())
+    return plain_hash([[subject, *(_file_sha256(paths[role]) for role in PAIR)] for subject, _, paths in rows])
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -33,6 +33,9 @@ from synthlong.recipe import Recipe
 
 __all__ = ["Drawn", "Patches", "ScanPatches", "ShardPatches", "read_patches"]
 
+PAIR = ("baseline", "followup", "mask")
+"""Columns of a manifest of real pairs, beside the subject."""
+
 Drawn = tuple[NDArray[Any], ...]
 """Visits, float32, then new lesions (or of one visit all of them), uint8; `(N, 1, S, S, S)` each."""
 
@@ -166,7 +169,8 @@ class ScanPatches:
                 raise InputError(scans.name, problem, "pass a larger scan")
         self._positive = [scans for scans in self._scans if len(scans.voxels)]
         if not self._positive:
-            raise InputError(source, f"none of its patients has a {wanted}", "add some, or choose a fold")
+            which = f"held out in fold {fold}" if split == "validation" else "learned from"
+            raise InputError(source, f"none of the patients {which} has a {wanted}", "choose other folds, or add some")
 
     def reopened(self) -> Self:
         """Return the same patches: threads may share them."""
@@ -217,7 +221,7 @@ def _pairs(
 ) -> dict[str, list[Callable[[], _Scans]]]:
     """Return what reads the pairs of each patient; a row is a pair, a patient with three visits has two."""
     readers: dict[str, list[Callable[[], _Scans]]] = {}
-    for subject, _, paths in manifest_rows(manifest, needed=("baseline", "followup", "mask"), optional=()):
+    for subject, _, paths in manifest_rows(manifest, needed=PAIR, optional=()):
         readers.setdefault(subject, []).append(partial(_read_pair, seen, subject=subject, **paths))
     return readers
 

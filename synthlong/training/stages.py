@@ -11,7 +11,6 @@ Patch n of step t is drawn from (seed, t, n) alone, whatever the number of proce
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -309,8 +308,7 @@ def finetune(
         path = out.with_name(f"{out.stem}.fold-{number}.safetensors") if config.folds > 1 else out
         _keep(weights, path)
         model = _Stage("finetune", config, network, seen, about=about, checkpoint=_checkpoint(path), progress=progress)
-        done = _finished(path, model)
-        figures.append(done or fit(model, path, card=card, tensorboard=tensorboard))
+        figures.append(fit(model, path, card=card, tensorboard=tensorboard))
     return figures
 
 
@@ -369,7 +367,7 @@ class _MadePairs:
         if config.folds > 1:
             held_out = subjects_of("validation", patients, fold=config.fold, folds=config.folds)
         self.about: dict[str, Any] = {"patients": sorted(set(patients) - held_out), "held_out": sorted(held_out)}
-        self.about["source"] = sha256_of(source)
+        self.about["source"] = sha256_of(source, pairs=False)
         self._steps, self._readers, self._work = config.steps, readers, work
 
         def pairs_of(chosen: list[CaseFiles], *, pairs: int, batch: int) -> PairStream:
@@ -421,18 +419,3 @@ def _keep(weights: Path, out: Path) -> None:
 
 def _checkpoint(out: Path) -> Path:
     return out.with_suffix(".checkpoint")
-
-
-def _finished(out: Path, model: Training) -> dict[str, Any] | None:
-    """Return the figures of a training that is done: its card says the same settings, its weights can be read."""
-    card = out.with_suffix(".json")
-    if model.checkpoint.exists() or not (out.exists() and card.exists()):
-        return None
-    try:
-        made = json.loads(card.read_bytes())
-    except ValueError:
-        return None
-    if {**made.get("train", {}), **{key: made.get(key) for key in model.about}} != model.settings:
-        return None
-    read_weights(out, task=SiameseUNet.task)
-    return {key: made[key] for key in ("curve", "best", "train", "seconds")}
