@@ -36,7 +36,7 @@ def train(source: Path, out: Path, setting: dict[str, Any], seed: int, options: 
     steps = round(options.steps * (1 if setting.get("mining", True) else _WITHOUT_MINING))
     every = max(steps // _POINTS, 1)
     scale = {"side": options.side, "widths": tuple(options.widths), "folds": options.folds, "fold": options.fold}
-    scale |= {"candidates": options.candidates, "batch": options.batch, "validation_patches": 512}
+    scale |= {"candidates": options.candidates, "batch": options.batch, "validation_patches": 256}
     config = OhemConfig(**scale, **setting, steps=steps, seed=seed, report_every=every, checkpoint_every=every)
     return train_ohem(source, out, config=config, card={}, tensorboard=False)
 
