@@ -109,7 +109,7 @@ class Pool(ABC):
                         future.set_exception(BrokenProcessPool("all workers died"))
             if report:
                 report(sum(map(self.count, slots)))
-            for future in done:
+            for future in [one for one in running if one in done]:  # in the order of the tasks
                 slot, task = running.pop(future)
                 try:
                     result = future.result()
