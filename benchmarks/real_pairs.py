@@ -12,20 +12,18 @@ voxels), 4 voxels at the brain's border and lesions of 3 mm3 or less are left ou
 from __future__ import annotations
 
 import argparse
-import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from synthlong.case import Case, read_case
+from synthlong.case import Case, read_pair
 from synthlong.detection.inference import detect, read_detectors
 from synthlong.detection.scores import LesionScores, lesion_scores
-from synthlong.errors import InputWarning
 from synthlong.manifest import manifest_rows
+from synthlong.training.patches import PAIR
 
 _SCORES = ("Dice", "F1_score", "SensL", "PPVL", "Sensitivity", "PPV", "NbTestedLesions", "VolTestedLesions")
 _THRESHOLDS = np.arange(0.05, 1.0, 0.025)
@@ -34,12 +32,8 @@ _SMOOTHING, _BORDER = 1.5, 4
 
 def read_pairs(manifest: Path) -> Iterator[tuple[str, Case, Case]]:
     """Yield each pair; the follow-up's lesions are the new ones."""
-    for subject, _, paths in manifest_rows(manifest, needed=("baseline", "followup", "mask"), optional=()):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", InputWarning)
-            baseline, followup = (read_case(paths[visit], subject=subject) for visit in ("baseline", "followup"))
-            truth = read_case(paths["followup"], paths["mask"], subject=subject).lesions
-        yield subject, baseline, replace(followup, lesions=truth)
+    for subject, _, paths in manifest_rows(manifest, needed=PAIR, optional=()):
+        yield subject, *read_pair(**paths, subject=subject)
 
 
 def subtracted(baseline: Case, followup: Case) -> tuple[float, LesionScores]:

@@ -101,7 +101,10 @@ class _Asked:
         card = {"command": shlex.join(self._words), "licence": self._licence}
         card |= {"version": synthlong.__version__, "commit": commit()}
         with progress_bar() as show:
-            shown = lambda step, total, loss: show(f"steps, loss {loss:.4f}", step, total)  # noqa: E731
+
+            def shown(step: int, total: int, loss: float) -> None:
+                show(f"steps, loss {loss:.4f}", step, total)
+
             yield {**self.of_fit, "card": card, "progress": shown}
 
 

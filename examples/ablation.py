@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -28,14 +27,14 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import wilcoxon
 
-from synthlong.case import read_case
+from synthlong.case import read_pair
 from synthlong.dataset.shards import subjects_of
 from synthlong.detection.inference import detect, read_detectors
 from synthlong.detection.networks import SegmentationUNet, SiameseUNet
 from synthlong.detection.scores import lesion_scores
-from synthlong.errors import InputWarning
 from synthlong.manifest import manifest_rows
 from synthlong.synthesis import SynthesisConfig
+from synthlong.training.patches import PAIR
 from synthlong.training.stages import FinetuneConfig, PretrainConfig, SegmentConfig, finetune, pretrain, segment
 from synthlong.weights import read_weights, write_weights
 
@@ -141,7 +140,7 @@ class Scale:
 
 
 def read_pairs(manifest: Path) -> list[Pair]:
-    rows = manifest_rows(manifest, needed=("baseline", "followup", "mask"), optional=())
+    rows = manifest_rows(manifest, needed=PAIR, optional=())
     return [Pair(subject, **paths) for subject, _, paths in rows]
 
 
@@ -160,12 +159,9 @@ def split(pairs: Sequence[Pair], fold: int, folds: int) -> tuple[list[Pair], lis
 
 def score(weights: Path, pair: Pair) -> NDArray[np.float64]:
     """Return a patient's row of the table."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", InputWarning)
-        baseline, followup = (read_case(path, subject=pair.subject) for path in (pair.baseline, pair.followup))
-        truth = read_case(pair.followup, pair.mask, subject=pair.subject).lesions
+    baseline, followup = read_pair(pair.baseline, pair.followup, pair.mask, subject=pair.subject)
     found = detect(baseline, followup, read_detectors([weights]))
-    scores = lesion_scores(truth, found.mask, (1.0, 1.0, 1.0))
+    scores = lesion_scores(followup.lesions, found.mask, (1.0, 1.0, 1.0))
     if scores.dice is None or scores.lesion_f1 is None:
         return np.full(len(COLUMNS), np.nan)  # no true lesion: these scores are not defined
     both = (scores.dice + scores.lesion_f1) / 2

@@ -76,11 +76,9 @@ def run(*words: object) -> None:
 
 
 def train(work: Path, name: str, stage: str, *words: object) -> None:
-    """Train, unless it was done before."""
-    out = work / f"{name}.safetensors"
-    if not out.exists():
-        words += ("-o", out, "--config", work / f"{name}.toml", "--threads", 1, "--licence", LICENCE)
-        run("train", stage, *words)
+    """Train; what was finished stays."""
+    out, config = work / f"{name}.safetensors", work / f"{name}.toml"
+    run("train", stage, *words, "-o", out, "--config", config, "--threads", 1, "--licence", LICENCE)
 
 
 def bright_spots(flair: Path) -> np.ndarray:

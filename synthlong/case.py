@@ -9,7 +9,7 @@ the background is 0. Every check of what a user hands in lives here and in `nift
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,12 @@ __all__ = [
     "check_mask",
     "check_same_grid",
     "clip_to_brain",
+    "in_common_brain",
     "mode_of",
     "patient_of",
     "read_beside",
     "read_case",
+    "read_pair",
     "unlike_brain",
 ]
 
@@ -270,6 +272,35 @@ def check_same_grid(baseline: Case, followup: Case, *, path: str | Path | None =
     if baseline.shape != followup.shape or not np.allclose(baseline.affine, followup.affine, atol=1e-3):
         problem = "its grid is not that of the baseline"
         raise InputError(path or followup.id, problem, "resample one onto the other's grid")
+
+
+def read_pair(baseline: Path, followup: Path, mask: Path, *, subject: str | None = None) -> tuple[Case, Case]:
+    """Read two visits of a patient; the lesions of the follow-up are the new ones, the baseline has none.
+
+    Args:
+        baseline: FLAIR of the first visit, NIfTI, as `read_case` takes it.
+        followup: The same of the second, on the same grid.
+        mask: The new lesions, on that grid.
+        subject: Identifier of both.
+
+    Raises:
+        InputError: See `read_case`; or the grids differ.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).*no lesion in the mask", InputWarning)  # true of many patients
+        before, after = read_case(baseline, subject=subject), read_case(followup, mask, subject=subject)
+    check_same_grid(before, after, path=followup)
+    return before, after
+
+
+def in_common_brain(baseline: Case, followup: Case) -> tuple[Case, Case]:
+    """Return two visits of one grid without what is brain in one of them only.
+
+    Where one visit was cut away there is nothing to compare with, and tissue beside nothing looks new.
+    """
+    brain = baseline.brain & followup.brain
+    first, last = (replace(visit, brain=brain, flair=visit.flair * brain) for visit in (baseline, followup))
+    return first, last
 
 
 def check_binary(volume: Volume) -> None:

@@ -3,8 +3,8 @@
     Case, Recipe -> render -> Pair
 
 Each visit starts from the healthy brain and gets back the lesions that it has: a real one from the scan's own
-voxels, a synthetic one from the painter; then both are turned, and last each goes through its own acquisition. No
-randomness: the same case and recipe give the same pair.
+voxels, a synthetic one from the painter; then the baseline may come to lie a little off, both are turned, and last each
+goes through its own acquisition. No randomness: the same case and recipe give the same pair.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from synthlong.lesions import LesionBank, LesionMap, core, read_bank
 from synthlong.placement import allowed_of, site_mask
 from synthlong.profile import Profile
 from synthlong.recipe import LesionEvent, Orientation, Recipe, lesions_of
+from synthlong.resampling import shifted
 from synthlong.tissue import GRAY
 
 __all__ = ["Painter", "Pair", "painter_of", "render"]
@@ -81,7 +82,8 @@ def render(
 ) -> Pair:
     """Render a pair.
 
-    Away from lesions that change (more than `hole.REACH` voxels) both visits are equal bit for bit before artifacts.
+    Away from lesions that change (more than `hole.REACH` voxels) both visits are equal bit for bit before artifacts and
+    without an offset. The masks are those of the follow-up's place.
 
     Args:
         case: The recipe's case, with its healthy volume.
@@ -136,6 +138,8 @@ def render(
         return back.apply(_acquired(turned, steps, turned_affine))
 
     (first, last), evolution = scene.visits, scene.evolution
+    if any(recipe.offset_mm):
+        first = shifted(first, recipe.offset_mm)
     return Pair(
         baseline=finish_visit(first, artifacts.baseline),
         followup=finish_visit(last, artifacts.followup),

@@ -165,16 +165,24 @@ def typical(lesions: LesionMap) -> NDArray[np.bool_]:
     return np.array(alone, bool) & (lesions.volumes_mm3 > SMALLEST_EVENT_MM3)
 
 
-def draw_profile(rng: np.random.Generator, measured: NDArray[np.float32], *, volume_mm3: float) -> Profile:
+def draw_profile(
+    rng: np.random.Generator,
+    measured: NDArray[np.float32],
+    *,
+    volume_mm3: float,
+    contrast: tuple[float, float] = (1.0, 1.0),
+) -> Profile:
     """Draw a profile after that of a real lesion of about the same volume, a little brighter or darker.
 
     Args:
         rng: Source of randomness.
         measured: See `profiles_in`; at least one lesion.
         volume_mm3: Of the lesion to be painted.
+        contrast: Range of a factor on all of it.
     """
     score = -0.5 * ((measured[:, 0].astype(np.float64) - np.log(volume_mm3)) / _LOG_VOLUME_SD) ** 2
     chance = np.cumsum(np.exp(score - score.max()))
     donor = int(np.searchsorted(chance, rng.random() * chance[-1], side="right"))
     drawn = measured[min(donor, len(measured) - 1), 1:] * np.exp(_JITTER * rng.standard_normal())
+    drawn = drawn * (rng.uniform(*contrast) if contrast[0] < contrast[1] else contrast[0])
     return Profile.from_row(round(float(p), 4) for p in drawn)

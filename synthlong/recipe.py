@@ -32,9 +32,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Artifacts", "Box", "LesionEvent", "Orientation", "Recipe", "draw_orientation", "draw_recipe", "rng_of"]
 
-VERSION = 1
+VERSION = 2
 _PLACEMENT_TRIES = 20
 _FEWEST_PROFILES = 8
+_FARTHEST_MM = 0.9
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,7 @@ class Recipe:
         margin: Voxels kept free around real lesions, where synthetic ones are cut off.
         painter: Of the synthetic lesions; see `SynthesisConfig`. Its shapes are those that the sites count.
         artifacts: Acquisition artifacts of each visit.
+        offset_mm: Where the baseline's content lies off the follow-up's, along the case's axes; below 1.
         version: Of this format.
     """
 
@@ -192,6 +194,7 @@ class Recipe:
     margin: int = 5
     painter: str = "network"
     artifacts: Artifacts = Artifacts()
+    offset_mm: tuple[float, float, float] = (0.0, 0.0, 0.0)
     version: int = field(default=VERSION)
 
     @property
@@ -210,6 +213,7 @@ class Recipe:
             "events": [e.as_dict() for e in self.events],
             "margin": self.margin,
             "max_event_mm3": self.max_event_mm3,
+            "offset_mm": list(self.offset_mm),
             "origin_mm": list(self.origin_mm),
             "painter": self.painter,
             "orientation": {"axes": list(self.orientation.axes), "flips": list(self.orientation.flips)},
@@ -231,6 +235,7 @@ class Recipe:
                 raise ConfigError(f"recipe version {plain['version']}: update synthlong, this one reads {VERSION}")
             box, turn = plain["box"], plain["orientation"]
             (mean0, sd0), (mean1, sd1) = plain["scaling"]
+            x, y, z = plain.get("offset_mm", (0.0, 0.0, 0.0))
             return cls(
                 case_id=plain["case"],
                 box=Box((box["start"][0], box["start"][1], box["start"][2]), box["size"], box["placed"]),
@@ -242,6 +247,7 @@ class Recipe:
                 margin=plain["margin"],
                 painter=plain["painter"],
                 artifacts=Artifacts.from_dict(plain["artifacts"]),
+                offset_mm=(x, y, z),
                 version=plain["version"],
             )
         except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -309,6 +315,7 @@ def draw_recipe(case: Case, config: SynthesisConfig, rng: np.random.Generator) -
         margin=config.margin,
         painter=config.painter,
         artifacts=_draw_artifacts(rng, config),
+        offset_mm=_draw_offset(rng, config),
     )
 
 
@@ -392,7 +399,7 @@ def _draw_synthetic(
         site, mask, box = found
         voxels = (int(core(mask, at[0]).sum()), int(core(mask, at[1]).sum()))
         seed = int(rng.integers(2**31))
-        profile = draw_profile(rng, profiles, volume_mm3=float(mask.sum()))
+        profile = draw_profile(rng, profiles, volume_mm3=float(mask.sum()), contrast=config.contrast)
         drawn.append((LesionEvent("synthetic", *at, voxels, site=site, seed=seed, profile=profile), (mask, box)))
         _take(taken, mask, box, config.margin)
     return drawn
@@ -477,6 +484,14 @@ def _draw_artifacts(rng: np.random.Generator, config: SynthesisConfig) -> Artifa
     acquisition = _acquisition("kamraoui" if before else config.artifacts)
     first, last = (tuple(acquisition.draw_params(rng)["steps"]) for _ in range(2))
     return Artifacts(first, last, before)
+
+
+def _draw_offset(rng: np.random.Generator, config: SynthesisConfig) -> tuple[float, float, float]:
+    """Draw what registration left over."""
+    if not config.registration_sd_mm:
+        return 0.0, 0.0, 0.0
+    x, y, z = np.clip(config.registration_sd_mm * rng.standard_normal(3), -_FARTHEST_MM, _FARTHEST_MM).round(3)
+    return float(x), float(y), float(z)
 
 
 @lru_cache(maxsize=4)

@@ -31,9 +31,13 @@ class SynthesisConfig(Options):
         core_share: Range of the volume share that an enlarging or shrinking lesion has when small.
         volume_median_mm3: Median volume of synthetic lesions (log-normal).
         volume_log_sd: SD of the volume's natural logarithm.
+        contrast: Range of the factor on the contrast that a real lesion of that size has, for synthetic ones; new
+            lesions may be fainter than those that were there.
         max_event_mm3: Largest lesion that may change; larger real ones are split at their necks.
         gray_matter: Weight of gray matter beside white matter's 1 in the placement of lesions.
         margin: Voxels between a synthetic lesion and any other.
+        registration_sd_mm: SD, along each axis, of what registration left over between the visits: the baseline lies
+            that far off, less than 1 mm.
         artifacts: Each visit's own: "mild" or "kamraoui" (presets of `artifacts.RandomAcquisition`), "none", or
             "before_editing": those of "kamraoui", on the scan before its lesions are edited, as in Kamraoui et al.
         orientations: "all" 48 orthogonal ones, "mirror" (left-right only) or "none"; one for both visits.
@@ -65,9 +69,11 @@ class SynthesisConfig(Options):
     core_share: tuple[float, float] = (0.3, 0.7)
     volume_median_mm3: float = 45.0
     volume_log_sd: float = 1.1
+    contrast: tuple[float, float] = (1.0, 1.0)
     max_event_mm3: float = 3000.0
     gray_matter: float = 0.3
     margin: int = 5
+    registration_sd_mm: float = 0.0
     artifacts: Literal["mild", "kamraoui", "none", "before_editing"] = "mild"
     orientations: Literal["all", "mirror", "none"] = "all"
     prior: str | None = None
@@ -92,7 +98,9 @@ class SynthesisConfig(Options):
         self.check(("volume_log_sd",), lambda v: 0 <= v <= 3, "in [0, 3]")
         self.check(("max_event_mm3",), lambda v: 10 <= v <= 1e5, "in [10, 1e5] mm3")
         self.check(("margin",), lambda v: 2 * REACH - 1 <= v <= 20, f"a whole number in {2 * REACH - 1}..20")
-        self.check(("core_share",), _rising, "two numbers in [0.05, 0.95], rising")
+        self.check(("core_share",), lambda v: _rising(v, 0.05, 0.95), "two numbers in [0.05, 0.95], rising")
+        self.check(("contrast",), lambda v: _rising(v, 0.05, 3), "two numbers in [0.05, 3], rising")
+        self.check(("registration_sd_mm",), lambda v: 0 <= v <= 1, "in [0, 1] mm")
         artifacts = ("mild", "kamraoui", "none", "before_editing")
         self.check(("artifacts",), lambda v: v in artifacts, "mild, kamraoui, none or before_editing")
         self.check(("orientations",), lambda v: v in ("all", "mirror", "none"), "all, mirror or none")
@@ -102,5 +110,5 @@ class SynthesisConfig(Options):
         self.check(("compression",), lambda v: v in ("blosc-lz4", "none"), "blosc-lz4 or none")
 
 
-def _rising(shares: tuple[float, ...]) -> bool:
-    return len(shares) == 2 and 0.05 <= shares[0] <= shares[1] <= 0.95
+def _rising(values: tuple[float, ...], low: float, high: float) -> bool:
+    return len(values) == 2 and low <= values[0] <= values[1] <= high

@@ -247,10 +247,13 @@ def test_detect_looks_at_what_is_brain_in_both_visits(kind, cases, networks, mon
     assert found.probability[(baseline.brain & followup.brain) > 0].all()
     assert not found.probability[(baseline.brain & followup.brain) == 0].any()
     box = np.s_[5:37, 4:37, 4:37]
-    before, after = (kind.normalised(visit.flair)[box] for visit in cases)
+    before, after = (kind.normalised(visit.flair * followup.brain)[box] for visit in cases)
     wanted = probability_map([networks[kind]], before, after, followup.brain[box], precision="float32")
     assert np.array_equal(found.probability[box], wanted)
     assert found.mask.sum() == sum(lesion.voxels for lesion in found.lesions)
+    bright = replace(baseline, flair=np.where(followup.brain, baseline.flair, 9).astype(np.float32))
+    again = detect(bright, followup, [networks[kind]], precision="float32")
+    assert np.array_equal(again.probability, found.probability)
 
 
 def test_background_around_the_brain_changes_nothing(cases, networks):

@@ -12,6 +12,7 @@ from synthlong.lesions import core, read_bank
 from synthlong.pair import render
 from synthlong.placement import allowed_of, site_mask
 from synthlong.recipe import Artifacts, Box, LesionEvent, Orientation, Recipe, draw_recipe, lesions_of, rng_of
+from synthlong.resampling import shifted
 from synthlong.synthesis import SynthesisConfig
 
 DEFAULT = SynthesisConfig(artifacts="none")
@@ -295,6 +296,15 @@ STEPS = (
     ["GaussianNoise", {"std": 0.05, "seed": 7}],
 )
 FOLLOWUP_STEPS = (["AnisotropicDownsampling", {"factor": 2.0, "axis": 0, "prefilter": False}],)
+
+
+def test_the_baseline_alone_lies_off(pairs, whole_case):
+    recipe, box, whole = pairs[0]
+    off = replace(recipe, offset_mm=(0.3, -0.5, 0.2))
+    for before, after in ((box, rendered(whole_case, off)), (whole, rendered(whole_case, off, whole=True))):
+        assert np.array_equal(after.baseline, shifted(before.baseline, off.offset_mm))
+        assert not np.array_equal(after.baseline, before.baseline)
+        assert all(np.array_equal(getattr(after, k), getattr(before, k)) for k in ("followup", *MASKS))
 
 
 def acquired(image, steps, affine):

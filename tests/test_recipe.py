@@ -73,6 +73,7 @@ steps = st.lists(
         max_event_mm3=st.floats(10, 1e5),
         margin=st.integers(5, 20),
         artifacts=st.builds(Artifacts, steps, steps, st.booleans()),
+        offset_mm=st.tuples(*[st.floats(-0.9, 0.9)] * 3),
     )
 )
 def test_json_round_trip(recipe):
@@ -86,6 +87,12 @@ def test_json_round_trip(recipe):
 def test_drawn_recipes_round_trip(recipes):
     for recipe in recipes[:50]:
         assert Recipe.from_json(recipe.to_json()) == recipe
+
+
+def test_a_recipe_from_before_offsets_has_none(recipes):
+    older = json.loads(recipes[0].to_json()) | {"version": 1}
+    del older["offset_mm"]
+    assert Recipe.from_json(json.dumps(older)) == replace(recipes[0], version=1)
 
 
 @pytest.mark.parametrize("text", ["", "null", "[]", "{}", '{"version":1}', '{"version":"1"}', "\x00"])
@@ -289,6 +296,8 @@ BAD = {
         (float("nan"), 0.5),
         None,
     ],
+    "contrast": [(0.04, 1), (1, 3.1), (1, 0.5), (1,), 1.0],
+    "registration_sd_mm": [-0.1, 1.1, float("nan"), True],
     "volume_median_mm3": [3.9, 3001, float("nan")],
     "volume_log_sd": [-0.1, 3.1],
     "max_event_mm3": [9, 1e6, float("inf"), True],
@@ -384,3 +393,25 @@ def test_artifacts_of_each_visit(recipes, small_case):
 def test_artifacts_leave_the_rest_of_a_recipe_alone(small_case):
     plain = draw(small_case, 3, artifacts="none")
     assert replace(draw(small_case, 3), artifacts=Artifacts()) == plain
+
+
+def test_synthetic_lesions_may_be_fainter(small_case):
+    def levels(**options):
+        events = draw(small_case, 3, with_new_lesions=1, new_mean=8, real_share=0, **options).events
+        return np.array([e.profile.row for e in events if e.profile])
+
+    whole = levels()
+    assert len(whole)
+    assert np.allclose(levels(contrast=(0.5, 0.5)), 0.5 * whole, atol=1e-4)
+    rows = np.concatenate([levels(contrast=(0.2, 0.8), stable_mean=mean) for mean in range(10)])
+    typical = np.concatenate([levels(stable_mean=mean) for mean in range(10)])
+    assert np.median(rows[:, 3]) == pytest.approx(0.5 * np.median(typical[:, 3]), rel=0.3)
+
+
+def test_the_baseline_may_lie_a_little_off(small_case):
+    assert draw(small_case, 3).offset_mm == (0, 0, 0)
+    off = [draw(small_case, k, artifacts="none", registration_sd_mm=0.3) for k in range(60)]
+    offsets = np.array([r.offset_mm for r in off])
+    assert offsets.std() == pytest.approx(0.3, rel=0.2)
+    assert np.abs(offsets).max() <= 0.9
+    assert replace(off[3], offset_mm=(0.0, 0.0, 0.0)) == draw(small_case, 3, artifacts="none")

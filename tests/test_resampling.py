@@ -8,7 +8,7 @@ from nibabel.processing import resample_from_to
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from synthlong.resampling import Grid, carry_labels, carry_mask, resample
+from synthlong.resampling import Grid, carry_labels, carry_mask, resample, shifted
 
 FULL = np.ones((3, 3, 3))
 SCANNER_MM = (0.72, 0.72, 4.0)
@@ -382,3 +382,31 @@ def test_real_lesions_there_and_back(bundled, subject, angles_deg):
     away = ndimage.distance_transform_edt(~mask)[back > 0]
     assert away.max() <= 4
     assert (away > 2).mean() < 0.02
+
+
+# --- less than a voxel
+offsets = st.tuples(*[st.floats(-0.9, 0.9)] * 3)
+
+
+@given(offsets, seeds)
+@settings(max_examples=20, deadline=None)
+def test_shifted_as_by_splines(offset, seed):
+    image = 1 + ndimage.gaussian_filter(np.random.default_rng(seed).standard_normal((24, 22, 20)), 2.0)
+    theirs = ndimage.shift(image, offset, order=3, mode="nearest")
+    inner = (slice(4, -4),) * 3
+    spread = image[inner].std()
+    assert np.abs(shifted(image, offset) - theirs)[inner].max() < 0.1 * spread
+
+
+@given(offsets, seeds)
+@settings(max_examples=20, deadline=None)
+def test_shifting_leaves_the_background_and_darkens_no_border(offset, seed):
+    brain = ndimage.gaussian_filter(np.random.default_rng(seed).standard_normal((24, 22, 20)), 3.0) > 0
+    moved = shifted(brain.astype(np.float32), offset)
+    assert moved.dtype == np.float32
+    assert np.allclose(moved, brain, atol=1e-5)
+
+
+def test_no_offset_changes_no_bit():
+    image = np.random.default_rng(0).random((8, 9, 10)).astype(np.float32)
+    assert np.array_equal(shifted(image, (0, 0, 0)), image)

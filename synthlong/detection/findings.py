@@ -185,11 +185,11 @@ def write_findings(
         "volume_mm3": findings.volume_mm3,
         "lesions": [asdict(lesion) for lesion in findings.lesions],
     }
-    files = [(picture, png_bytes(sheet_of(visits.baseline, visits.followup, detection)))] if picture else []
+    sheet = png_bytes(sheet_of(visits.baseline, visits.followup, detection)) if picture else None
     sidecar = sidecar_of(out)
     sidecar.unlink(missing_ok=True)  # that of an earlier mask; written last, it says that all is there
-    for path, content in files:
-        publish(path, content)
+    if picture and sheet:
+        publish(picture, sheet)
     if probability is not None:
         chance = resample(detection.probability, visits.step, visits.grid.shape, order=1)
         write_nifti(probability, np.clip(chance, 0, 1), affine, like=scan)

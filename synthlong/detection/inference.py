@@ -24,7 +24,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 import synthlong
-from synthlong.case import Case, check_same_grid
+from synthlong.case import Case, check_same_grid, in_common_brain
 from synthlong.detection.networks import ConcatUNet, LongitudinalUNet, SiameseUNet
 from synthlong.errors import ConfigError, InputError
 from synthlong.networks import ConvBlock, check_device, default_precision, one_thread
@@ -108,9 +108,8 @@ def detect(
 ) -> Detection:
     """Find the lesions of the follow-up that the baseline does not have.
 
-    Only what is brain in both visits is looked at: where one was cut away there is nothing to compare with, and tissue
-    beside nothing looks new. The windows begin at that brain's bounding box: over the MNI grid, 64^3 windows would be
-    three times as many.
+    The networks see what is brain in both visits, nothing else: `case.in_common_brain`. The windows begin at that
+    brain's bounding box: over the MNI grid, 64^3 windows would be three times as many.
 
     Args:
         baseline: First visit.
@@ -130,12 +129,13 @@ def detect(
     if not 0 <= threshold < 1 or min_volume_mm3 < 0:
         problem = "must be from 0 to below 1, and 0 or more"
         raise ConfigError(f"threshold = {threshold}, min_volume_mm3 = {min_volume_mm3}: {problem}")
-    brain = baseline.brain & followup.brain
+    visits = in_common_brain(baseline, followup)
+    brain = visits[0].brain
     if not brain.any():
         raise InputError(followup.id, "its brain does not meet that of the baseline", "register one to the other")
     box = ndimage.find_objects(brain)[0]
     normalised = _check_alike(networks).normalised
-    before, after = (normalised(visit.flair)[box] for visit in (baseline, followup))
+    before, after = (normalised(visit.flair)[box] for visit in visits)
     probability = np.zeros(brain.shape, np.float32)
     probability[box] = probability_map(
         networks,

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -23,7 +23,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from synthlong.case import Case, check_same_grid, read_case
+from synthlong.case import Case, in_common_brain, read_pair
 from synthlong.dataset.shards import ShardDataset, subjects_of
 from synthlong.detection.networks import ConcatUNet, LongitudinalUNet, SegmentationUNet
 from synthlong.errors import ConfigError, InputError, InputWarning
@@ -31,7 +31,7 @@ from synthlong.hole import grown_box
 from synthlong.manifest import CaseFiles, find_cases, manifest_rows
 from synthlong.recipe import Recipe
 
-__all__ = ["Drawn", "Patches", "ScanPatches", "ShardPatches", "read_patches"]
+__all__ = ["PAIR", "Drawn", "Network", "Patches", "ScanPatches", "ShardPatches", "read_patches"]
 
 PAIR = ("baseline", "followup", "mask")
 """Columns of a manifest of real pairs, beside the subject."""
@@ -160,9 +160,7 @@ class ScanPatches:
     ) -> None:
         chosen = subjects_of(split, sorted(readers), fold=fold, folds=folds)
         self.subjects, self._side = sorted(chosen), side
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "(?s).*no lesion in the mask", InputWarning)  # true of many patients
-            self._scans = [read() for subject in self.subjects for read in readers[subject]]
+        self._scans = [read() for subject in self.subjects for read in readers[subject]]
         for scans in self._scans:
             if min(scans.mask.shape) < side:
                 problem = f"it has a side below the {side} voxels of a patch"
@@ -203,9 +201,9 @@ class _Scans:
     @classmethod
     def of(cls, name: str, seen: Callable[[NDArray[np.float32]], NDArray[np.float32]], *cases: Case) -> Self:
         """Take what is needed from each visit."""
-        brain, mask = np.logical_or.reduce([case.brain > 0 for case in cases]), cases[-1].lesions
+        mask = cases[-1].lesions
         visits = tuple(seen(case.flair) for case in cases)
-        return cls(name, visits, mask, np.flatnonzero(mask), grown_box(brain, 0))
+        return cls(name, visits, mask, np.flatnonzero(mask), grown_box(cases[-1].brain > 0, 0))
 
 
 def _visits(source: Path) -> dict[str, list[Callable[[], _Scans]]]:
@@ -227,7 +225,9 @@ def _pairs(
 
 
 def _read_visit(files: CaseFiles) -> _Scans:
-    return _Scans.of(files.flair.name, lambda scan: scan, files.read())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).*no lesion in the mask", InputWarning)  # true of some patients
+        return _Scans.of(files.flair.name, lambda scan: scan, files.read())
 
 
 def _read_pair(
@@ -238,11 +238,9 @@ def _read_pair(
     followup: Path,
     mask: Path,
 ) -> _Scans:
-    """Read them as `detect` would see them."""
-    before, after = (read_case(visit, subject=subject) for visit in (baseline, followup))
-    check_same_grid(before, after, path=followup)
-    truth = read_case(followup, mask, subject=subject).lesions
-    return _Scans.of(followup.name, seen, before, replace(after, lesions=truth))
+    """Read them as `detect` sees them."""
+    visits = in_common_brain(*read_pair(baseline, followup, mask, subject=subject))
+    return _Scans.of(followup.name, seen, *visits)
 
 
 def _room(count: int, side: int, *, visits: int) -> Drawn:
