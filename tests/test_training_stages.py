@@ -204,6 +204,12 @@ def test_pretrain_on_shards_learns_and_keeps_the_encoder(run, first, tmp_path):
     assert card["train"]["synthesis"]["artifacts"] == "mild"  # as the shards say
 
 
+def test_options_of_synthesis_beside_shards_are_refused(run, first, tmp_path):
+    config = PretrainConfig(**TINY, synthesis={"painter": "ellipsoid"})
+    with pytest.raises(ConfigError, match="shards say how their pairs were made"):
+        pretrain(run, tmp_path / "p.safetensors", encoder=first / "s.safetensors", config=config, card=CARD)
+
+
 def test_the_encoder_may_learn_too(run, first, tmp_path):
     config = PretrainConfig(**TINY, trainable="all")
     options = {"encoder": first / "s.safetensors", "config": config, "card": CARD, "tensorboard": False}

@@ -248,8 +248,10 @@ def pretrain(
     _keep(encoder, out)
     seen: _Seen
     if (source / "run.json").exists():
-        plan = read_plan(source)
-        config = replace(config, synthesis=SynthesisConfig.from_dict(plan["config"]))
+        made = SynthesisConfig.from_dict(read_plan(source)["config"])
+        if config.synthesis not in (_SYNTHESIS, made):
+            raise ConfigError("synthesis: shards say how their pairs were made; leave it out, or pass cases")
+        config = replace(config, synthesis=made)
         seen = _DrawnPatches(source, config, SiameseUNet, readers=readers)
     else:
         config = replace(config, synthesis=settled(replace(config.synthesis, box=config.side)))
