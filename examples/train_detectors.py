@@ -46,12 +46,13 @@ PAIRS: dict[str, object] = {
     "real_share": 0.2,
     "contrast": [0.3, 1.2],
     "registration_sd_mm": 0.25,
+    "flow_share": 0.6,
 }
-"""New lesions are fainter than those that were there, and prepared visits lie a little off each other. Artifacts of
-preset "kamraoui" would leave stripes and nothing else in many visits."""
+"""As prepared visits are: new lesions fainter than those that were there, a little off each other, fluid unlike.
+Artifacts of preset "kamraoui" would leave stripes and nothing else in many visits."""
 
 SHARED: dict[str, object] = {"folds": 7, "learning_rate": 1e-3, "loss": "bce+dice", "checkpoint_every": 50}
-CONCAT = {**SHARED, "batch": 8, "side": 32, "steps": 4400, "report_every": 200, "validation_patches": 192}
+CONCAT = {**SHARED, "batch": 8, "side": 32, "steps": 3000, "report_every": 200, "validation_patches": 192}
 CONCAT |= {"mining": False, "positive_share": 0.4}
 STAGE = {**SHARED, "batch": 4, "side": 48, "report_every": 100, "schedule": "cosine"}
 SEGMENT = {**STAGE, "steps": 1000, "validation_patches": 32}
@@ -130,7 +131,7 @@ def main() -> None:
     for name, config in (("pairs", made), ("concat", CONCAT), ("segment", SEGMENT), ("siamese", SIAMESE)):
         (work / f"{name}.toml").write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in config.items()))
     pairs = work / "pairs"
-    run("generate", cases, "-o", pairs, "--pairs", 6300, "--seed", 2, "--config", work / "pairs.toml")
+    run("generate", cases, "-o", pairs, "--pairs", 5000, "--seed", 3, "--config", work / "pairs.toml")
     train(work, "concat", "ohem", pairs)
     train(work, "segment", "segment", cases)
     train(work, "siamese", "pretrain", pairs, "--encoder", work / "segment.safetensors")

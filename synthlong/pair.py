@@ -3,8 +3,9 @@
     Case, Recipe -> render -> Pair
 
 Each visit starts from the healthy brain and gets back the lesions that it has: a real one from the scan's own
-voxels, a synthetic one from the painter; then the baseline may come to lie a little off, both are turned, and last each
-goes through its own acquisition. No randomness: the same case and recipe give the same pair.
+voxels, a synthetic one from the painter; then fluid may be brighter in places and the baseline come to lie a little
+off, both are turned, and last each goes through its own acquisition. No randomness: the same case and recipe give the
+same pair.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from synthlong.case import Case
 from synthlong.comparison import CopyPainter, EllipsoidPainter, donor_of, shapes_for
 from synthlong.errors import InputError
+from synthlong.flow import flow_field, flow_weight
 from synthlong.hole import REACH, faded, soft_hole
 from synthlong.inpainting import crop
 from synthlong.lesions import LesionBank, LesionMap, core, read_bank
@@ -82,8 +84,8 @@ def render(
 ) -> Pair:
     """Render a pair.
 
-    Away from lesions that change (more than `hole.REACH` voxels) both visits are equal bit for bit before artifacts and
-    without an offset. The masks are those of the follow-up's place.
+    Away from lesions that change (more than `hole.REACH` voxels) both visits are equal bit for bit before artifacts,
+    flow and offset. The masks lie where the follow-up's lesions do.
 
     Args:
         case: The recipe's case, with its healthy volume.
@@ -137,6 +139,7 @@ def render(
         turned = recipe.orientation.apply(np.pad(image, beyond))
         return back.apply(_acquired(turned, steps, turned_affine))
 
+    scene.brighten_fluid(recipe.flow)
     (first, last), evolution = scene.visits, scene.evolution
     if any(recipe.offset_mm):
         first = shifted(first, recipe.offset_mm)
@@ -275,6 +278,16 @@ class _Scene:
                 smaller = painter.paint(context, whole, **look)
                 shown = _mix(shown, smaller, soft_hole(lost) / np.maximum(hole, 1e-6))
             visit[mine] = np.where(near[theirs], shown[theirs], visit[mine])
+
+    def brighten_fluid(self, flow: tuple[tuple[int, float], tuple[int, float]]) -> None:
+        """Make each visit's fluid brighter in places, but for lesions."""
+        if not any(brighter for _, brighter in flow):
+            return
+        weight = flow_weight(self.case, self.region)
+        weight[self.lesions[0] | self.lesions[1]] = 0
+        for visit, (seed, brighter) in zip(self.visits, flow, strict=True):
+            if brighter:
+                visit += brighter * weight * flow_field(self.case.shape, self.region, seed=seed)
 
 
 _At = tuple[tuple[slice, ...], tuple[slice, ...]]

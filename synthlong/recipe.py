@@ -36,6 +36,7 @@ VERSION = 2
 _PLACEMENT_TRIES = 20
 _FEWEST_PROFILES = 8
 _FARTHEST_MM = 0.9
+_BRIGHTER = (0.1, 0.8)
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,7 @@ class Recipe:
         margin: Voxels kept free around real lesions, where synthetic ones are cut off.
         painter: Of the synthetic lesions; see `SynthesisConfig`. Its shapes are those that the sites count.
         artifacts: Acquisition artifacts of each visit.
+        flow: Seed of each visit's bright fluid, and how bright it is; 0: it has none. See `flow`.
         offset_mm: Where the baseline's content lies off the follow-up's, along the case's axes; below 1.
         version: Of this format.
     """
@@ -194,6 +196,7 @@ class Recipe:
     margin: int = 5
     painter: str = "network"
     artifacts: Artifacts = Artifacts()
+    flow: tuple[tuple[int, float], tuple[int, float]] = ((0, 0.0), (0, 0.0))
     offset_mm: tuple[float, float, float] = (0.0, 0.0, 0.0)
     version: int = field(default=VERSION)
 
@@ -211,6 +214,7 @@ class Recipe:
             "box": {"placed": self.box.placed, "size": self.box.size, "start": list(self.box.start)},
             "case": self.case_id,
             "events": [e.as_dict() for e in self.events],
+            "flow": [list(f) for f in self.flow],
             "margin": self.margin,
             "max_event_mm3": self.max_event_mm3,
             "offset_mm": list(self.offset_mm),
@@ -236,6 +240,7 @@ class Recipe:
             box, turn = plain["box"], plain["orientation"]
             (mean0, sd0), (mean1, sd1) = plain["scaling"]
             x, y, z = plain.get("offset_mm", (0.0, 0.0, 0.0))
+            (seed0, bright0), (seed1, bright1) = plain.get("flow", ((0, 0.0), (0, 0.0)))
             return cls(
                 case_id=plain["case"],
                 box=Box((box["start"][0], box["start"][1], box["start"][2]), box["size"], box["placed"]),
@@ -247,6 +252,7 @@ class Recipe:
                 margin=plain["margin"],
                 painter=plain["painter"],
                 artifacts=Artifacts.from_dict(plain["artifacts"]),
+                flow=((seed0, bright0), (seed1, bright1)),
                 offset_mm=(x, y, z),
                 version=plain["version"],
             )
@@ -316,6 +322,7 @@ def draw_recipe(case: Case, config: SynthesisConfig, rng: np.random.Generator) -
         painter=config.painter,
         artifacts=_draw_artifacts(rng, config),
         offset_mm=_draw_offset(rng, config),
+        flow=(_draw_flow(rng, config), _draw_flow(rng, config)),
     )
 
 
@@ -492,6 +499,13 @@ def _draw_offset(rng: np.random.Generator, config: SynthesisConfig) -> tuple[flo
         return 0.0, 0.0, 0.0
     x, y, z = np.clip(config.registration_sd_mm * rng.standard_normal(3), -_FARTHEST_MM, _FARTHEST_MM).round(3)
     return float(x), float(y), float(z)
+
+
+def _draw_flow(rng: np.random.Generator, config: SynthesisConfig) -> tuple[int, float]:
+    """Draw the bright fluid of a visit."""
+    if not config.flow_share or rng.random() >= config.flow_share:
+        return 0, 0.0
+    return int(rng.integers(2**31)), round(float(rng.uniform(*_BRIGHTER)), 3)
 
 
 @lru_cache(maxsize=4)

@@ -38,6 +38,8 @@ class SynthesisConfig(Options):
         margin: Voxels between a synthetic lesion and any other.
         registration_sd_mm: SD, along each axis, of what registration left over between the visits: the baseline lies
             that far off, less than 1 mm.
+        flow_share: Probability that a visit's CSF and the outermost voxels of its brain are brighter in places, as flow
+            and what skull stripping leaves make them.
         artifacts: Each visit's own: "mild" or "kamraoui" (presets of `artifacts.RandomAcquisition`), "none", or
             "before_editing": those of "kamraoui", on the scan before its lesions are edited, as in Kamraoui et al.
         orientations: "all" 48 orthogonal ones, "mirror" (left-right only) or "none"; one for both visits.
@@ -74,6 +76,7 @@ class SynthesisConfig(Options):
     gray_matter: float = 0.3
     margin: int = 5
     registration_sd_mm: float = 0.0
+    flow_share: float = 0.0
     artifacts: Literal["mild", "kamraoui", "none", "before_editing"] = "mild"
     orientations: Literal["all", "mirror", "none"] = "all"
     prior: str | None = None
@@ -87,7 +90,7 @@ class SynthesisConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        shares = ("with_new_lesions", "around_events", "real_share", "removed_share", "gray_matter")
+        shares = ("with_new_lesions", "around_events", "real_share", "removed_share", "gray_matter", "flow_share")
         means = ("vanished_mean", "enlarging_mean", "shrinking_mean", "stable_mean")
         self.check(shares, lambda v: 0 <= v <= 1, "in [0, 1]")
         self.check(means, lambda v: 0 <= v <= 100, "in [0, 100]")

@@ -47,6 +47,12 @@ def test_the_first_step_reaches_every_parameter(kind):
     assert not list(network.buffers())  # no running statistics: training and evaluation are alike
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_lesions_are_rare_before_training(kind):
+    probability = kind()(*visits(kind, sides=(16, 16, 16))).sigmoid()
+    assert 0.001 < probability.mean() < 0.05
+
+
 def test_the_concat_network_is_the_projects_unet_on_two_channels():
     network, (a, b) = small(ConcatUNet), visits(ConcatUNet)
     plain = UNet(network.config)

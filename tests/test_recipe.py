@@ -74,6 +74,7 @@ steps = st.lists(
         margin=st.integers(5, 20),
         artifacts=st.builds(Artifacts, steps, steps, st.booleans()),
         offset_mm=st.tuples(*[st.floats(-0.9, 0.9)] * 3),
+        flow=st.tuples(*[st.tuples(st.integers(0, 2**31 - 1), st.floats(0, 0.8))] * 2),
     )
 )
 def test_json_round_trip(recipe):
@@ -89,9 +90,9 @@ def test_drawn_recipes_round_trip(recipes):
         assert Recipe.from_json(recipe.to_json()) == recipe
 
 
-def test_a_recipe_from_before_offsets_has_none(recipes):
+def test_a_recipe_from_before_offsets_and_flow_has_none(recipes):
     older = json.loads(recipes[0].to_json()) | {"version": 1}
-    del older["offset_mm"]
+    del older["offset_mm"], older["flow"]
     assert Recipe.from_json(json.dumps(older)) == replace(recipes[0], version=1)
 
 
@@ -297,6 +298,7 @@ BAD = {
         None,
     ],
     "contrast": [(0.04, 1), (1, 3.1), (1, 0.5), (1,), 1.0],
+    "flow_share": [-0.1, 1.1, True],
     "registration_sd_mm": [-0.1, 1.1, float("nan"), True],
     "volume_median_mm3": [3.9, 3001, float("nan")],
     "volume_log_sd": [-0.1, 3.1],
@@ -415,3 +417,13 @@ def test_the_baseline_may_lie_a_little_off(small_case):
     assert offsets.std() == pytest.approx(0.3, rel=0.2)
     assert np.abs(offsets).max() <= 0.9
     assert replace(off[3], offset_mm=(0.0, 0.0, 0.0)) == draw(small_case, 3, artifacts="none")
+
+
+def test_each_visit_may_have_bright_fluid(small_case):
+    assert draw(small_case, 3).flow == ((0, 0), (0, 0))
+    flowing = [draw(small_case, k, artifacts="none", flow_share=0.5) for k in range(60)]
+    brightness = np.array([[brighter for _, brighter in r.flow] for r in flowing])
+    assert ((brightness == 0) | ((brightness >= 0.1) & (brightness <= 0.8))).all()
+    assert (brightness > 0).mean() == pytest.approx(0.5, abs=0.15)
+    assert len({r.flow[0][0] for r in flowing} | {r.flow[1][0] for r in flowing}) > 40
+    assert replace(flowing[3], flow=((0, 0.0), (0, 0.0))) == draw(small_case, 3, artifacts="none")

@@ -10,6 +10,7 @@ and "the class with the higher mean probability" of an ensemble is "the mean sig
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import ClassVar, Self
 
@@ -23,9 +24,14 @@ from synthlong.networks import UNet, UNetConfig
 
 __all__ = ["ConcatUNet", "LongitudinalUNet", "SegmentationUNet", "SiameseUNet"]
 
+_AT_FIRST = 0.01
+
 
 class _LogitUNet(UNet):
     """A U-Net whose head does not start at zero: it has no guess to keep, and zeros would stop the first gradient.
+
+    It starts from a probability of 0.01 everywhere (Lin et al. 2017, doi 10.1109/ICCV.2017.324, section 4.1): from 0.5,
+    the first steps push all voxels down so hard that features which speak for a lesion die.
 
     Args:
         config: Size, with `channels` input channels and one output; default: 16-32-64.
@@ -40,6 +46,7 @@ class _LogitUNet(UNet):
             raise ValueError(f"{type(self).__name__} has {self.channels} input channels and one output, got {config}")
         super().__init__(config)
         self.head.reset_parameters()
+        nn.init.constant_(self.head.bias, math.log(_AT_FIRST / (1 - _AT_FIRST)))  # type: ignore[arg-type]
 
 
 class SegmentationUNet(_LogitUNet):

@@ -1,0 +1,75 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from synthlong.flow import flow_field, flow_weight
+from synthlong.pair import render
+from synthlong.recipe import Recipe, draw_recipe, rng_of
+from synthlong.synthesis import SynthesisConfig
+from synthlong.tissue import CSF
+
+SHAPE = (40, 36, 30)
+WHOLE = tuple(slice(0, n) for n in SHAPE)
+MASKS = ("new_lesions", "evolution", "lesions_baseline", "lesions_followup")
+
+parts = st.tuples(*[st.tuples(st.integers(0, n - 1), st.integers(1, n)) for n in SHAPE]).map(
+    lambda ends: tuple(slice(min(a, b - 1), max(a + 1, b)) for a, b in ends)
+)
+
+
+@given(parts, st.integers(0, 2**31 - 1))
+@settings(deadline=None)
+def test_a_field_is_the_same_from_any_region(part, seed):
+    field = flow_field(SHAPE, part, seed=seed)
+    assert field.dtype == np.float32
+    assert np.allclose(field, flow_field(SHAPE, WHOLE, seed=seed)[part], atol=1e-6)
+
+
+def test_a_field_is_smooth_and_zero_in_most_places():
+    fields = np.stack([flow_field((60, 60, 60), (slice(0, 60),) * 3, seed=seed) for seed in range(20)])
+    assert (fields == 0).mean() == pytest.approx(0.69, abs=0.03)  # a Gaussian variable below 0.5
+    assert fields.mean() == pytest.approx(0.198, abs=0.02)  # and its mean excess over that
+    assert np.diff(fields, axis=1).std() < 0.2
+    per_place = fields.mean(axis=0)
+    assert per_place.std() < 0.15  # no place is brighter than others
+
+
+def test_fluid_and_the_surface_may_be_brighter(small_case):
+    whole = tuple(slice(0, n) for n in small_case.shape)
+    weight = flow_weight(small_case, whole)
+    brain = small_case.brain > 0
+    depth = ndimage.distance_transform_cdt(np.pad(brain, 1, mode="edge"), "taxicab")[1:-1, 1:-1, 1:-1]
+    from_fluid = ndimage.distance_transform_edt(small_case.tissue != CSF)
+    assert not weight[~brain].any()
+    assert weight[brain & (depth == 1)].min() > 0.4
+    assert weight[(depth > 8) & (from_fluid > 5)].max(initial=0) < 1e-3
+    part = (slice(3, 30), slice(0, 22), slice(9, None))
+    part = tuple(slice(p.start, p.stop or n) for p, n in zip(part, small_case.shape, strict=True))
+    assert np.array_equal(flow_weight(small_case, part), weight[part])
+
+
+def test_each_visit_has_its_own_and_lesions_stay(small_case):
+    config = SynthesisConfig(artifacts="none", orientations="none", with_new_lesions=0, stable_mean=0, box=40)
+    drawn = [draw_recipe(small_case, config, rng_of(0, small_case.id, k)) for k in range(20)]
+    plain: Recipe = next(r for r in drawn if not any(e.source == "synthetic" for e in r.events))
+    before = render(small_case, plain)
+    flowing = replace(plain, flow=((3, 0.0), (7, 0.5)))
+    after, whole = render(small_case, flowing), render(small_case, flowing, whole=True)
+    assert np.array_equal(after.baseline, before.baseline)
+    assert all(np.array_equal(getattr(after, k), getattr(before, k)) for k in MASKS)
+    change = after.followup - before.followup
+    assert change.max() > 0.1
+    assert change.min() >= 0
+    assert not change[(after.lesions_baseline | after.lesions_followup) > 0].any()
+    start = plain.box.start
+    inside = tuple(slice(max(s, 0), s + 40) for s in start)
+    cut = whole.followup[inside]
+    assert np.allclose(
+        after.followup[tuple(slice(max(-s, 0), max(-s, 0) + n) for s, n in zip(start, cut.shape, strict=True))],
+        cut,
+        atol=1e-6,
+    )
