@@ -48,7 +48,7 @@ PAIRS: dict[str, object] = {
     "registration_sd_mm": 0.25,
     "flow_share": 0.6,
 }
-"""As prepared visits are: new lesions fainter than those that were there, a little off each other, fluid unlike.
+"""As prepared visits are: new lesions fainter than those that were there, a little off each other, other fluid.
 Artifacts of preset "kamraoui" would leave stripes and nothing else in many visits."""
 
 SHARED: dict[str, object] = {"folds": 7, "learning_rate": 1e-3, "loss": "bce+dice", "checkpoint_every": 50}
@@ -128,7 +128,8 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     cases = write_cases(options.data.resolve(), work)
     made = PAIRS | {"painter": options.painter, "artifacts": options.artifacts}
-    for name, config in (("pairs", made), ("concat", CONCAT), ("segment", SEGMENT), ("siamese", SIAMESE)):
+    stage_one = SEGMENT | {"artifacts": options.artifacts}
+    for name, config in (("pairs", made), ("concat", CONCAT), ("segment", stage_one), ("siamese", SIAMESE)):
         (work / f"{name}.toml").write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in config.items()))
     pairs = work / "pairs"
     run("generate", cases, "-o", pairs, "--pairs", 5000, "--seed", 3, "--config", work / "pairs.toml")

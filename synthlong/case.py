@@ -288,18 +288,27 @@ def read_pair(baseline: Path, followup: Path, mask: Path, *, subject: str | None
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?s).*no lesion in the mask", InputWarning)  # true of many patients
-        before, after = read_case(baseline, subject=subject), read_case(followup, mask, subject=subject)
+        truth = read_case(followup, mask, subject=subject).lesions
+    before, after = (read_case(visit, subject=subject) for visit in (baseline, followup))  # as without the truth
     check_same_grid(before, after, path=followup)
-    return before, after
+    return before, replace(after, lesions=truth)
 
 
 def in_common_brain(baseline: Case, followup: Case) -> tuple[Case, Case]:
-    """Return two visits of one grid without what is brain in one of them only.
+    """Return two visits of one grid, with their lesions, without what is brain in one of them only.
 
     Where one visit was cut away there is nothing to compare with, and tissue beside nothing looks new.
+
+    Raises:
+        InputError: The brains do not meet.
     """
     brain = baseline.brain & followup.brain
-    first, last = (replace(visit, brain=brain, flair=visit.flair * brain) for visit in (baseline, followup))
+    if not brain.any():
+        raise InputError(followup.id, "its brain does not meet that of the baseline", "register one to the other")
+    first, last = (
+        replace(visit, brain=brain, flair=visit.flair * brain, lesions=visit.lesions * brain)
+        for visit in (baseline, followup)
+    )
     return first, last
 
 

@@ -38,7 +38,7 @@ def flow_weight(case: Case, region: tuple[slice, ...]) -> NDArray[np.float32]:
 
 
 def flow_field(shape: tuple[int, ...], region: tuple[slice, ...], *, seed: int) -> NDArray[np.float32]:
-    """Return how much brighter: 0 in most places, smooth, about 1 where it is bright; the same from any region.
+    """Return how much brighter: 0 in most places, smooth, 1 at most; the same from any region.
 
     Args:
         shape: Of the whole grid.
@@ -51,4 +51,4 @@ def flow_field(shape: tuple[int, ...], region: tuple[slice, ...], *, seed: int) 
         near = np.exp(-0.5 * ((np.arange(part.start, part.stop)[:, None] - at) / _WIDTH) ** 2)
         near /= np.linalg.norm(near, axis=1, keepdims=True)
         field = np.moveaxis(np.tensordot(near, field, (1, axis)), 0, axis)
-    return np.maximum(field - _CALM, 0).astype(np.float32)
+    return np.clip(field - _CALM, 0, 1).astype(np.float32)

@@ -3,9 +3,9 @@
     Case, Recipe -> render -> Pair
 
 Each visit starts from the healthy brain and gets back the lesions that it has: a real one from the scan's own
-voxels, a synthetic one from the painter; then fluid may be brighter in places and the baseline come to lie a little
-off, both are turned, and last each goes through its own acquisition. No randomness: the same case and recipe give the
-same pair.
+voxels, a synthetic one from the painter; then fluid may become brighter in places and the baseline be translated by
+what a registration leaves; both are turned, and last each goes through its own acquisition. No randomness: the same
+case and recipe give the same pair.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from synthlong.lesions import LesionBank, LesionMap, core, read_bank
 from synthlong.placement import allowed_of, site_mask
 from synthlong.profile import Profile
 from synthlong.recipe import LesionEvent, Orientation, Recipe, lesions_of
-from synthlong.resampling import shifted
+from synthlong.resampling import SHIFT_REACH, shifted
 from synthlong.tissue import GRAY
 
 __all__ = ["Painter", "Pair", "painter_of", "render"]
@@ -38,6 +38,8 @@ _CONTEXTS = (32, 48, 64)
 _CONTEXT_MARGIN = 6
 _PROTECTED = 1.5
 _PAD = REACH + 2
+_BEYOND = SHIFT_REACH + 2
+"""How far beyond a box a shift and the edges of flow look."""
 
 
 class Painter(Protocol):
@@ -111,7 +113,10 @@ def render(
     scans = [_Scan(case.flair, case.healthy)] * 2
     if artifacts.before_editing:
         scans = [_Scan(*(_acquired(x, s, case.affine) for x in scan)) for scan, s in zip(scans, steps, strict=True)]
-    scene = _Scene(case, scans, inner)
+    reach = _BEYOND if any(recipe.offset_mm) or any(brighter for _, brighter in recipe.flow) else 0
+    wide = tuple(slice(max(i.start - reach, 0), min(i.stop + reach, n)) for i, n in zip(inner, case.shape, strict=True))
+    cut = tuple(slice(i.start - w.start, i.stop - w.start) for i, w in zip(inner, wide, strict=True))
+    scene = _Scene(case, scans, wide)
     lesions = lesions_of(case, recipe.max_event_mm3)
     scene.put_back_real(lesions, recipe.events)
     synthetic = [e for e in recipe.events if e.source == "synthetic"]
@@ -131,12 +136,12 @@ def render(
         turn, back = back, turn.inverse
 
     def finish(array: NDArray) -> NDArray:
-        return turn.apply(np.pad(array, beyond))
+        return turn.apply(np.pad(array[cut], beyond))
 
     def finish_visit(image: NDArray, steps: tuple[Any, ...]) -> NDArray:
         if artifacts.before_editing or not steps:
             return finish(image)
-        turned = recipe.orientation.apply(np.pad(image, beyond))
+        turned = recipe.orientation.apply(np.pad(image[cut], beyond))
         return back.apply(_acquired(turned, steps, turned_affine))
 
     scene.brighten_fluid(recipe.flow)
@@ -280,14 +285,14 @@ class _Scene:
             visit[mine] = np.where(near[theirs], shown[theirs], visit[mine])
 
     def brighten_fluid(self, flow: tuple[tuple[int, float], tuple[int, float]]) -> None:
-        """Make each visit's fluid brighter in places, but for lesions."""
+        """Make each visit's fluid brighter in places, but for its lesions."""
         if not any(brighter for _, brighter in flow):
             return
         weight = flow_weight(self.case, self.region)
-        weight[self.lesions[0] | self.lesions[1]] = 0
-        for visit, (seed, brighter) in zip(self.visits, flow, strict=True):
+        for visit, lesions, (seed, brighter) in zip(self.visits, self.lesions, flow, strict=True):
             if brighter:
-                visit += brighter * weight * flow_field(self.case.shape, self.region, seed=seed)
+                beside = weight * (1 - faded(lesions, full=0, zero=_PROTECTED))
+                visit += brighter * beside * flow_field(self.case.shape, self.region, seed=seed)
 
 
 _At = tuple[tuple[slice, ...], tuple[slice, ...]]

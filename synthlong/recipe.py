@@ -174,15 +174,15 @@ class Recipe:
         box: The rendered cube.
         events: Every lesion of both visits.
         orientation: Applied after the lesions, to both visits and all masks.
-        scaling: Mean and SD of the whole scan in the pair's intensities, at each visit, for z-scores; without the
-            artifacts.
+        scaling: Mean and SD of the whole scan in the pair's intensities, at each visit, for z-scores; without
+            flow and artifacts.
         origin_mm: MNI coordinates of the case's first voxel; its grid is RAS+ at 1 mm.
         max_event_mm3: Limit at which real lesions were split, which their numbers depend on.
         margin: Voxels kept free around real lesions, where synthetic ones are cut off.
         painter: Of the synthetic lesions; see `SynthesisConfig`. Its shapes are those that the sites count.
         artifacts: Acquisition artifacts of each visit.
-        flow: Seed of each visit's bright fluid, and how bright it is; 0: it has none. See `flow`.
-        offset_mm: Where the baseline's content lies off the follow-up's, along the case's axes; below 1.
+        flow: Seed of each visit's bright fluid and how much brighter it is at most; 0: it has none. See `flow`.
+        offset_mm: Translation of the baseline against the follow-up and the masks, along the case's axes; below 1.
         version: Of this format.
     """
 
@@ -494,7 +494,7 @@ def _draw_artifacts(rng: np.random.Generator, config: SynthesisConfig) -> Artifa
 
 
 def _draw_offset(rng: np.random.Generator, config: SynthesisConfig) -> tuple[float, float, float]:
-    """Draw what registration left over."""
+    """Draw the residual misregistration."""
     if not config.registration_sd_mm:
         return 0.0, 0.0, 0.0
     x, y, z = np.clip(config.registration_sd_mm * rng.standard_normal(3), -_FARTHEST_MM, _FARTHEST_MM).round(3)

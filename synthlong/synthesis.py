@@ -31,15 +31,15 @@ class SynthesisConfig(Options):
         core_share: Range of the volume share that an enlarging or shrinking lesion has when small.
         volume_median_mm3: Median volume of synthetic lesions (log-normal).
         volume_log_sd: SD of the volume's natural logarithm.
-        contrast: Range of the factor on the contrast that a real lesion of that size has, for synthetic ones; new
-            lesions may be fainter than those that were there.
+        contrast: Range of a factor on the contrast of synthetic lesions; 1: that of a real lesion of the same size.
+            Copies keep their own.
         max_event_mm3: Largest lesion that may change; larger real ones are split at their necks.
         gray_matter: Weight of gray matter beside white matter's 1 in the placement of lesions.
         margin: Voxels between a synthetic lesion and any other.
-        registration_sd_mm: SD, along each axis, of what registration left over between the visits: the baseline lies
-            that far off, less than 1 mm.
-        flow_share: Probability that a visit's CSF and the outermost voxels of its brain are brighter in places, as flow
-            and what skull stripping leaves make them.
+        registration_sd_mm: SD along each axis of the residual misregistration: the baseline is translated by it, at
+            most 0.9 mm, not turned. The masks stay with the follow-up.
+        flow_share: Probability, for each visit, that its CSF and the outermost voxels of its brain are brighter in
+            places: flow artifacts, and meninges that skull stripping left.
         artifacts: Each visit's own: "mild" or "kamraoui" (presets of `artifacts.RandomAcquisition`), "none", or
             "before_editing": those of "kamraoui", on the scan before its lesions are edited, as in Kamraoui et al.
         orientations: "all" 48 orthogonal ones, "mirror" (left-right only) or "none"; one for both visits.
@@ -103,7 +103,7 @@ class SynthesisConfig(Options):
         self.check(("margin",), lambda v: 2 * REACH - 1 <= v <= 20, f"a whole number in {2 * REACH - 1}..20")
         self.check(("core_share",), lambda v: _rising(v, 0.05, 0.95), "two numbers in [0.05, 0.95], rising")
         self.check(("contrast",), lambda v: _rising(v, 0.05, 3), "two numbers in [0.05, 3], rising")
-        self.check(("registration_sd_mm",), lambda v: 0 <= v <= 1, "in [0, 1] mm")
+        self.check(("registration_sd_mm",), lambda v: 0 <= v <= 0.4, "in [0, 0.4] mm")
         artifacts = ("mild", "kamraoui", "none", "before_editing")
         self.check(("artifacts",), lambda v: v in artifacts, "mild, kamraoui, none or before_editing")
         self.check(("orientations",), lambda v: v in ("all", "mirror", "none"), "all, mirror or none")

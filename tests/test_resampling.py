@@ -407,6 +407,20 @@ def test_shifting_leaves_the_background_and_darkens_no_border(offset, seed):
     assert np.allclose(moved, brain, atol=1e-5)
 
 
+def test_dark_brain_beside_bright_brain_is_no_background():
+    rng = np.random.default_rng(0)
+    image = np.where(rng.random((20, 20, 20)) < 0.5, 0.01, 1.5).astype(np.float32)
+    image[:, :, :6] = 0
+    moved = shifted(image, (0.4, -0.5, 0.3))
+    assert np.array_equal(moved == 0, image == 0)
+    assert moved.min() == 0
+
+
+def test_a_voxel_or_more_is_no_matter_of_interpolation():
+    with pytest.raises(ValueError, match="below a voxel"):
+        shifted(np.ones((8, 8, 8), np.float32), (0, 1.0, 0))
+
+
 def test_no_offset_changes_no_bit():
-    image = np.random.default_rng(0).random((8, 9, 10)).astype(np.float32)
+    image = np.random.default_rng(0).uniform(0.1, 1, (8, 9, 10)).astype(np.float32)
     assert np.array_equal(shifted(image, (0, 0, 0)), image)

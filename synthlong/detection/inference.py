@@ -131,8 +131,6 @@ def detect(
         raise ConfigError(f"threshold = {threshold}, min_volume_mm3 = {min_volume_mm3}: {problem}")
     visits = in_common_brain(baseline, followup)
     brain = visits[0].brain
-    if not brain.any():
-        raise InputError(followup.id, "its brain does not meet that of the baseline", "register one to the other")
     box = ndimage.find_objects(brain)[0]
     normalised = _check_alike(networks).normalised
     before, after = (normalised(visit.flair)[box] for visit in visits)

@@ -30,7 +30,7 @@ _AT_FIRST = 0.01
 class _LogitUNet(UNet):
     """A U-Net whose head does not start at zero: it has no guess to keep, and zeros would stop the first gradient.
 
-    It starts from a probability of 0.01 everywhere (Lin et al. 2017, doi 10.1109/ICCV.2017.324, section 4.1): from 0.5,
+    Training starts from probabilities about 0.01 (Lin et al. 2017, doi 10.1109/ICCV.2017.324, section 4.1): from 0.5,
     the first steps push all voxels down so hard that features which speak for a lesion die.
 
     Args:

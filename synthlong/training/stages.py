@@ -248,10 +248,9 @@ def pretrain(
     _keep(encoder, out)
     seen: _Seen
     if (source / "run.json").exists():
-        made = SynthesisConfig.from_dict(read_plan(source)["config"])
-        if config.synthesis not in (_SYNTHESIS, made):
+        if config.synthesis != _SYNTHESIS:
             raise ConfigError("synthesis: shards say how their pairs were made; leave it out, or pass cases")
-        config = replace(config, synthesis=made)
+        config = replace(config, synthesis=SynthesisConfig.from_dict(read_plan(source)["config"]))
         seen = _DrawnPatches(source, config, SiameseUNet, readers=readers)
     else:
         config = replace(config, synthesis=settled(replace(config.synthesis, box=config.side)))
