@@ -40,7 +40,7 @@ __all__ = [
     "shipped_detector",
 ]
 
-DEFAULT_DETECTOR = SiameseUNet.task
+DEFAULT_DETECTOR = ConcatUNet.task
 """Which of the shipped networks is used where none is named."""
 
 _Window = tuple[slice, ...]
