@@ -25,6 +25,7 @@ def detect(
     weights: list[Path] = typer.Option([], help="Network; several are averaged.  [default: the shipped one]"),
     threshold: float = typer.Option(0.5, min=0, max=1, help="New is where the probability is higher."),
     min_volume: float = typer.Option(3.0, min=0, help="Lesions of this volume in mm3 or less are left out."),
+    mirror: bool = typer.Option(True, help="Average with what is found in the mirror image: twice the time."),
     probability: Path = typer.Option(None, help="Map of probabilities to write, NIfTI."),
     picture: Path = typer.Option(None, help="Picture to write, .png: a row per lesion, the 20 largest."),
     baseline_brain: Path = typer.Option(None, help="Brain mask on the baseline's grid, in place of HD-BET's."),
@@ -80,6 +81,7 @@ def detect(
             networks,
             threshold=threshold,
             min_volume_mm3=min_volume,
+            mirrored=mirror,
             precision=precision.value,
             device=device,
             progress=show,
@@ -88,6 +90,7 @@ def detect(
         "weights": [{"file": path.name, "sha256": sha256_of(path)} for path in paths],
         "threshold": threshold,
         "min_volume_mm3": min_volume,
+        "mirrored": mirror,
         "precision": precision.value,
     }
     found = write_findings(out, detection, visits, settings=settings, probability=probability, picture=picture)

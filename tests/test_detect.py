@@ -128,7 +128,7 @@ def test_a_prepared_pair_as_it_is(small_case, pair, call, difference, tmp_path):
     assert told["prepared"] is None
     assert (told["new_lesions"], told["volume_mm3"]) == (3, volume)
     assert told["weights"] == [{"file": difference.name, "sha256": sha256_of(difference)}]
-    assert (told["threshold"], told["min_volume_mm3"]) == (0.5, 3.0)
+    assert (told["threshold"], told["min_volume_mm3"], told["mirrored"]) == (0.5, 3.0, True)
     assert told["followup"]["file"] == "sub-7_ses-2_space-MNI152_FLAIR.nii.gz"
     assert told["followup"]["sha256"] == sha256_of(pair[1])
     assert told["followup"]["figures"] == {"agreement": 0.93}

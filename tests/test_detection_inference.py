@@ -107,6 +107,16 @@ def test_it_is_what_monai_gives(kind, window, networks, visits):
     assert np.array_equal(ours > 0.5, theirs > 0.5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_mirrored_is_the_mean_with_what_the_mirror_image_gives(kind, networks, visits):
+    wide = WINDOW + STRIDE  # windows then lie alike in the mirror image
+    cut = [np.ascontiguousarray(v[:wide]) for v in visits]
+    flipped = [np.ascontiguousarray(v[::-1]) for v in cut]
+    plain, other = slide([networks[kind]], cut), slide([networks[kind]], flipped)[::-1]
+    assert np.abs(plain - other).max() > 1e-3
+    np.testing.assert_allclose(slide([networks[kind]], cut, mirrored=True), (plain + other) / 2, atol=1e-5)
+
+
 def windows_of(network, visits):
     """Return how many different windows a network saw."""
     seen = set()
@@ -248,7 +258,7 @@ def test_detect_looks_at_what_is_brain_in_both_visits(kind, cases, networks, mon
     assert not found.probability[(baseline.brain & followup.brain) == 0].any()
     box = np.s_[5:37, 4:37, 4:37]
     before, after = (kind.normalised(visit.flair * followup.brain)[box] for visit in cases)
-    wanted = probability_map([networks[kind]], before, after, followup.brain[box], precision="float32")
+    wanted = probability_map([networks[kind]], before, after, followup.brain[box], mirrored=True, precision="float32")
     assert np.array_equal(found.probability[box], wanted)
     assert found.mask.sum() == sum(lesion.voxels for lesion in found.lesions)
     bright = replace(baseline, flair=np.where(followup.brain, baseline.flair, 9).astype(np.float32))
