@@ -68,13 +68,14 @@ class _Asked:
         shared = {name: options[name] for name in names}
         self._file, self._licence = shared.pop("config"), shared.pop("licence")
         threads = shared.pop("threads")
-        if threads:
-            torch.set_num_threads(threads)
         self.of_fit = {name: shared.pop(name) for name in ("readers", "tensorboard")}
         self.given = {name: v for name, v in shared.items() if v is not None}
         self._words = ["synthlong", "train", stage, source.name, "-o", out.name]
         self._words += ["--config", self._file.name] if self._file else []
-        self.say(**self.given, **({"threads": threads} if threads else {}))
+        self.say(**self.given)
+        if threads:
+            torch.set_num_threads(threads)
+            self.say(threads=threads)
 
     def say(self, **options: Any) -> None:
         """Add options to the command that the card keeps."""

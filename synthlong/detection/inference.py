@@ -281,11 +281,14 @@ class _Slider:
         windows = windows + windows[-1:] * (size - len(windows))
         x = torch.stack([self.visits[:, i, j, k] for i, j, k in windows])[:, :, None]
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            probabilities = [network(x[:, 0], x[:, 1]).float().sigmoid() for network in self.networks]
+            probabilities = self._each(x)
             if self.mirrored:
-                x = x.flip(3)
-                probabilities += [network(x[:, 0], x[:, 1]).float().sigmoid().flip(2) for network in self.networks]
+                probabilities += [probability.flip(2) for probability in self._each(x.flip(3))]
             return torch.stack(probabilities).mean(dim=0)[:, 0].cpu().numpy()
+
+    def _each(self, x: Tensor) -> list[Tensor]:
+        """Return each network's probability, `(N, 1, S, S, S)`, for both visits `(N, 2, 1, S, S, S)`."""
+        return [network(x[:, 0], x[:, 1]).float().sigmoid() for network in self.networks]
 
 
 def _batch_size(window: int, precision: str, device: torch.device) -> int:
