@@ -40,8 +40,8 @@ class SynthesisConfig(Options):
             most 0.9 mm, not turned. The masks stay with the follow-up.
         flow_share: Probability, for each visit, that its CSF and the outermost voxels of its brain are brighter in
             places: flow artifacts, and meninges that skull stripping left.
-        artifacts: Each visit's own: "mild" or "kamraoui" (presets of `artifacts.RandomAcquisition`), "none", or
-            "before_editing": those of "kamraoui", on the scan before its lesions are edited, as in Kamraoui et al.
+        artifacts: Each visit's own: "mild", "kamraoui" or "clinical" (presets of `artifacts.RandomAcquisition`), "none",
+            or "before_editing": those of "kamraoui", on the scan before its lesions are edited, as in Kamraoui et al.
         orientations: "all" 48 orthogonal ones, "mirror" (left-right only) or "none"; one for both visits.
         prior: Lesion prior, NIfTI in MNI space; default: the shipped one.
         lesion_bank: Lesion bank (.npz); default: the shipped one.
@@ -77,7 +77,7 @@ class SynthesisConfig(Options):
     margin: int = 5
     registration_sd_mm: float = 0.0
     flow_share: float = 0.0
-    artifacts: Literal["mild", "kamraoui", "none", "before_editing"] = "mild"
+    artifacts: Literal["mild", "kamraoui", "clinical", "none", "before_editing"] = "mild"
     orientations: Literal["all", "mirror", "none"] = "all"
     prior: str | None = None
     lesion_bank: str | None = None
@@ -104,8 +104,8 @@ class SynthesisConfig(Options):
         self.check(("core_share",), lambda v: _rising(v, 0.05, 0.95), "two numbers in [0.05, 0.95], rising")
         self.check(("contrast",), lambda v: _rising(v, 0.05, 3), "two numbers in [0.05, 3], rising")
         self.check(("registration_sd_mm",), lambda v: 0 <= v <= 0.4, "in [0, 0.4] mm")
-        artifacts = ("mild", "kamraoui", "none", "before_editing")
-        self.check(("artifacts",), lambda v: v in artifacts, "mild, kamraoui, none or before_editing")
+        artifacts = ("mild", "kamraoui", "clinical", "none", "before_editing")
+        self.check(("artifacts",), lambda v: v in artifacts, "mild, kamraoui, clinical, none or before_editing")
         self.check(("orientations",), lambda v: v in ("all", "mirror", "none"), "all, mirror or none")
         painters = ("network", "copypaste", "ellipsoid")
         self.check(("painter",), lambda v: v in painters, "network, copypaste or ellipsoid")

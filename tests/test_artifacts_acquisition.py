@@ -43,6 +43,22 @@ def test_presets():
     assert 0.24 < max(spikes) <= 0.25
 
 
+def test_clinical_scans_have_thick_slices():
+    """60 % of them, along K, whatever else they have; without that, the draws of "mild"."""
+    runs = drawn(RandomAcquisition("clinical"))
+    thick = [(steps, p) for steps in runs for name, p in steps if p.get("prefilter")]
+    assert abs(len(thick) / len(runs) - 0.6) < 0.03
+    assert {p["axis"] for _, p in thick} == {2}
+    factors = [p["factor"] for _, p in thick]
+    assert 2 <= min(factors) < 2.05
+    assert 3.95 < max(factors) <= 4
+    mixed = [steps for steps, _ in thick if len(steps) == 3]
+    assert any(steps[0][0] == "KSpaceMotion" and steps[1][1].get("prefilter") for steps in mixed), "in order"
+    assert any(steps[1][1].get("prefilter") and steps[2][0] == "UnsharpMask" for steps in mixed), "in order"
+    assert drawn(RandomAcquisition("clinical", thick_slices=0), 50) == drawn(RandomAcquisition("mild"), 50)
+    assert all(p["prefilter"] for (_, p), *_ in drawn(RandomAcquisition(thick_slices=1, untouched=1), 50))
+
+
 def test_severity_zero_is_the_identity():
     x = torch.rand(1, 6, 7, 8)
     assert drawn(RandomAcquisition("kamraoui", severity=0), 20) == [[]] * 20

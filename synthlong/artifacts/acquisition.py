@@ -5,7 +5,9 @@
 Preset "kamraoui" mixes 1-3 of the nine at the ranges of Kamraoui et al. 2022, section 2.4
 (doi:10.3389/fnimg.2022.948235), which gives no count. Preset "mild" leaves 30 % untouched and mixes 1-2 at half
 severity: heavy artifacts in training have been found to hurt. Its spikes start from an intensity of 0.1-0.5: TorchIO's
-1-3 draws stripes 1 to 3 times the image's mean, which leave little else to see.
+1-3 draws stripes 1 to 3 times the image's mean, which leave little else to see. Preset "clinical" is "mild" on slices
+as clinics make them: 60 % of the images have slices of 2-4 voxels along K, averaged as a scanner does, before what else
+comes; two visits of one patient then never cut the cortex alike.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ _STEPS: tuple[type[Artifact], ...] = (
     UnsharpMask,
 )
 _BY_NAME = {step.__name__: step for step in _STEPS}
+_ORDER = {step.__name__: n for n, step in enumerate(_STEPS)}
 _ALL_NINE: tuple[type[RandomArtifact], ...] = (
     RandomKSpaceMotion,
     RandomPolynomialBiasField,
@@ -65,12 +68,16 @@ class _Preset(NamedTuple):
     counts: tuple[int, int]
     severity: float
     spikes: tuple[float, float]
+    thick_slices: float
 
 
 _PRESETS = {
-    "mild": _Preset(0.3, (1, 2), 0.5, (0.1, 0.5)),
-    "kamraoui": _Preset(0.0, (1, 3), 1.0, (1.0, 3.0)),
+    "mild": _Preset(0.3, (1, 2), 0.5, (0.1, 0.5), 0.0),
+    "kamraoui": _Preset(0.0, (1, 3), 1.0, (1.0, 3.0), 0.0),
+    "clinical": _Preset(0.3, (1, 2), 0.5, (0.1, 0.5), 0.6),
 }
+_THICK = RandomAnisotropicDownsampling(factor=(2, 4), axes=2, prefilter=True)
+"""Slices of a clinical scan, 1 mm voxels."""
 
 
 def acquire(
@@ -131,10 +138,12 @@ class RandomAcquisition(RandomArtifact):
     """A random mixture of the nine artifacts, each at most once.
 
     Args:
-        preset: "mild" or "kamraoui"; the other arguments replace what it says.
+        preset: "mild", "kamraoui" or "clinical"; the other arguments replace what it says.
         severity: 1 takes each artifact's ranges as they are, 0.5 moves them half-way to what changes nothing, 0 is the
             identity; in [0, 1].
-        untouched: Share of the images left as they are, in [0, 1].
+        untouched: Share of the images that get none of `artifacts`, in [0, 1].
+        thick_slices: Share of the images with slices of 2-4 voxels along K, whatever `severity` is and however many
+            other artifacts come, in [0, 1].
         count: How many artifacts, a whole number or a range.
         artifacts: Random transforms to choose from, applied in this order; default: all nine.
         zero_background: Set voxels that are exactly 0 back to 0 in the end.
@@ -146,10 +155,11 @@ class RandomAcquisition(RandomArtifact):
 
     def __init__(
         self,
-        preset: Literal["mild", "kamraoui"] = "mild",
+        preset: Literal["mild", "kamraoui", "clinical"] = "mild",
         *,
         severity: float | None = None,
         untouched: float | None = None,
+        thick_slices: float | None = None,
         count: int | tuple[int, int] | None = None,
         artifacts: Sequence[RandomArtifact] | None = None,
         zero_background: bool = False,
@@ -179,6 +189,8 @@ class RandomAcquisition(RandomArtifact):
         most = len(self.artifacts)
         self.severity = check_number("severity", given.severity if severity is None else severity, least=0, most=1)
         self.untouched = check_number("untouched", given.untouched if untouched is None else untouched, least=0, most=1)
+        thick = given.thick_slices if thick_slices is None else thick_slices
+        self.thick_slices = check_number("thick_slices", thick, least=0, most=1)
         few, many = (min(n, most) for n in given.counts)
         self.count = Range.of("count", (few, many) if count is None else count, least=0, most=most, whole=True)
         self.zero_background = bool(zero_background)
@@ -192,4 +204,7 @@ class RandomAcquisition(RandomArtifact):
                 artifact = self.artifacts[n]
                 drawn = softened(artifact.draw_params(rng), artifact.identity, self.severity)
                 steps.append([artifact.final.__name__, drawn])
+        if self.thick_slices and rng.random() < self.thick_slices:
+            steps.append([_THICK.final.__name__, _THICK.draw_params(rng)])
+            steps.sort(key=lambda step: _ORDER[step[0]])
         return {"steps": steps, "zero_background": self.zero_background}

@@ -59,6 +59,7 @@ _WARM_UP = 0.03
 """Share of the steps in which the learning rate of the cosine schedule rises."""
 
 _SYNTHESIS = SynthesisConfig(artifacts="kamraoui")
+_ARTIFACTS = ("kamraoui", "mild", "clinical", "none")
 
 Progress = Callable[[int, int, float], None]
 
@@ -101,7 +102,7 @@ class StageConfig(TrainingConfig):
 
     def check_augmentation(self) -> None:
         """Check artifacts and orientations."""
-        self.check(("artifacts",), lambda v: v in ("kamraoui", "mild", "none"), "kamraoui, mild or none")
+        self.check(("artifacts",), lambda v: v in _ARTIFACTS, "kamraoui, mild, clinical or none")
         self.check(("orientations",), lambda v: v in ("all", "mirror", "none"), "all, mirror or none")
 
 
@@ -111,12 +112,12 @@ class SegmentConfig(StageConfig):
 
     Args:
         widths: Feature channels of each level of the network; the later stages have the same.
-        artifacts: Preset of `RandomAcquisition`, "kamraoui" or "mild"; or "none".
+        artifacts: Preset of `RandomAcquisition`, "kamraoui", "mild" or "clinical"; or "none".
         orientations: "all" 48, "mirror" (left-right) or "none".
     """
 
     widths: tuple[int, ...] = (16, 32, 64)
-    artifacts: Literal["kamraoui", "mild", "none"] = "kamraoui"
+    artifacts: Literal["kamraoui", "mild", "clinical", "none"] = "kamraoui"
     orientations: Literal["all", "mirror", "none"] = "all"
 
     def __post_init__(self) -> None:
@@ -157,14 +158,14 @@ class FinetuneConfig(StageConfig):
 
     Args:
         trainable: "decoder" (and the merge; the encoder stays as it is) or "all".
-        artifacts: Preset of `RandomAcquisition`, "kamraoui" or "mild", drawn for each visit; or "none".
+        artifacts: Preset of `RandomAcquisition`, "kamraoui", "mild" or "clinical", drawn for each visit; or "none".
         orientations: "all" 48, "mirror" (left-right) or "none"; one for both visits.
         folds: Number of networks; each has another part of the patients for validation, a single one has none.
     """
 
     folds: int = 5
     trainable: Literal["decoder", "all"] = "decoder"
-    artifacts: Literal["kamraoui", "mild", "none"] = "kamraoui"
+    artifacts: Literal["kamraoui", "mild", "clinical", "none"] = "kamraoui"
     orientations: Literal["all", "mirror", "none"] = "all"
 
     def __post_init__(self) -> None:
