@@ -40,8 +40,9 @@ class SynthesisConfig(Options):
             most 0.9 mm, not turned. The masks stay with the follow-up.
         flow_share: Probability, for each visit, that its CSF and the outermost voxels of its brain are brighter in
             places: flow artifacts, and meninges that skull stripping left.
-        artifacts: Each visit's own: "mild", "kamraoui" or "clinical" (presets of `artifacts.RandomAcquisition`), "none",
-            or "before_editing": those of "kamraoui", on the scan before its lesions are edited, as in Kamraoui et al.
+        artifacts: Each visit's own: "mild", "kamraoui" or "clinical" (presets of `artifacts.RandomAcquisition`),
+            "none", or "before_editing": those of "kamraoui", on the scan before its lesions are edited, as in Kamraoui
+            et al.
         orientations: "all" 48 orthogonal ones, "mirror" (left-right only) or "none"; one for both visits.
         prior: Lesion prior, NIfTI in MNI space; default: the shipped one.
         lesion_bank: Lesion bank (.npz); default: the shipped one.
