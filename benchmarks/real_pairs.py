@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from synthlong.case import Case, read_pair
+from synthlong.case import Case
 from synthlong.detection.inference import detect, read_detectors
 from synthlong.detection.scores import LesionScores, lesion_scores
+from synthlong.detection.visits import read_pair
 from synthlong.manifest import manifest_rows
 from synthlong.training.patches import PAIR
 

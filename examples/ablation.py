@@ -27,11 +27,11 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import wilcoxon
 
-from synthlong.case import read_pair
 from synthlong.dataset.shards import subjects_of
 from synthlong.detection.inference import detect, read_detectors
 from synthlong.detection.networks import SegmentationUNet, SiameseUNet
 from synthlong.detection.scores import lesion_scores
+from synthlong.detection.visits import read_pair
 from synthlong.manifest import manifest_rows
 from synthlong.synthesis import SynthesisConfig
 from synthlong.training.patches import PAIR

@@ -9,7 +9,7 @@ the background is 0. Every check of what a user hands in lives here and in `nift
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,12 @@ __all__ = [
     "Case",
     "check_binary",
     "check_mask",
-    "check_same_grid",
     "clip_to_brain",
-    "in_common_brain",
     "mode_of",
     "patient_of",
     "read_beside",
     "read_case",
-    "read_pair",
+    "read_lesions",
     "unlike_brain",
 ]
 
@@ -182,6 +180,24 @@ def read_case(
     )
 
 
+def read_lesions(mask: Path, flair: Path) -> NDArray[np.uint8]:
+    """Read a lesion mask by itself: the lesions of `read_case(flair, mask)`, and none is an answer, too.
+
+    Args:
+        mask: Lesion mask on the grid of `flair`.
+        flair: Skull-stripped FLAIR, NIfTI; its non-zero voxels are the brain.
+
+    Raises:
+        InputError: A file that cannot be used.
+    """
+    image = read_nifti(flair)
+    lesion = read_beside(mask, image)
+    check_mask(lesion, image)
+    grid, brain = _Grid.of(image), image.data != 0
+    inside = grid.resample_mask(clip_to_brain(lesion, brain)) & grid.resample_mask(brain)
+    return inside.astype(np.uint8)
+
+
 @dataclass(frozen=True, eq=False)
 class _Grid:
     """The way from a file's voxels to RAS+ at 1 mm: a flip or permutation, then, if needed, resampling."""
@@ -265,51 +281,6 @@ def read_beside(path: Path, image: Volume, *, prefer: str | None = None, allow_e
         problem = f"its grid lies {np.abs(moved).max():.3g} voxel off that of {short(image.path)}"
         raise InputError(path, problem, "resample one onto the other's grid")
     return volume
-
-
-def check_same_grid(baseline: Case, followup: Case, *, path: str | Path | None = None) -> None:
-    """Raise an InputError, of `path` or else the follow-up's id, unless both visits lie on one grid."""
-    if baseline.shape != followup.shape or not np.allclose(baseline.affine, followup.affine, atol=1e-3):
-        problem = "its grid is not that of the baseline"
-        raise InputError(path or followup.id, problem, "resample one onto the other's grid")
-
-
-def read_pair(baseline: Path, followup: Path, mask: Path, *, subject: str | None = None) -> tuple[Case, Case]:
-    """Read two visits of a patient; the lesions of the follow-up are the new ones, the baseline has none.
-
-    Args:
-        baseline: FLAIR of the first visit, NIfTI, as `read_case` takes it.
-        followup: The same of the second, on the same grid.
-        mask: The new lesions, on that grid.
-        subject: Identifier of both.
-
-    Raises:
-        InputError: See `read_case`; or the grids differ.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "(?s).*no lesion in the mask", InputWarning)  # true of many patients
-        truth = read_case(followup, mask, subject=subject).lesions
-    before, after = (read_case(visit, subject=subject) for visit in (baseline, followup))  # as without the truth
-    check_same_grid(before, after, path=followup)
-    return before, replace(after, lesions=truth)
-
-
-def in_common_brain(baseline: Case, followup: Case) -> tuple[Case, Case]:
-    """Return two visits of one grid, with their lesions, without what is brain in one of them only.
-
-    Where one visit was cut away there is nothing to compare with, and tissue beside nothing looks new.
-
-    Raises:
-        InputError: The brains do not meet.
-    """
-    brain = baseline.brain & followup.brain
-    if not brain.any():
-        raise InputError(followup.id, "its brain does not meet that of the baseline", "register one to the other")
-    first, last = (
-        replace(visit, brain=brain, flair=visit.flair * brain, lesions=visit.lesions * brain)
-        for visit in (baseline, followup)
-    )
-    return first, last
 
 
 def check_binary(volume: Volume) -> None:

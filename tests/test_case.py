@@ -2,7 +2,6 @@ import itertools
 import shutil
 import warnings
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import ndimage, stats
 
 import synthlong.case as module
-from synthlong.case import Case, in_common_brain, read_case, read_pair
+from synthlong.case import Case, read_case
 from synthlong.errors import InputError, InputWarning
 from synthlong.tissue import CSF, WHITE
 
@@ -682,52 +681,3 @@ def test_cs19_loses_three_lesion_voxels_outside_its_brain(bundled):
 
 
 # --- pairs
-
-
-@pytest.fixture
-def pair(tmp_path, write_volume, edge):
-    """Files of two visits, the second one brighter in the mask, and of that mask."""
-    paths = [tmp_path / f"{name}.nii" for name in ("baseline", "followup", "new")]
-    for path, data in zip(paths, (edge.flair, edge.flair * (1 + edge.mask), edge.mask), strict=True):
-        write_volume(path, data, edge.affine)
-    return paths
-
-
-def test_a_pair_has_its_new_lesions_and_looks_as_without_them(pair):
-    before, after = read_pair(*pair, subject="p")
-    assert (before.id, after.id) == ("p", "p")
-    assert not before.lesions.any()
-    assert np.array_equal(after.lesions, read_case(pair[1], pair[2]).lesions)
-    assert np.array_equal(after.flair, read_case(pair[1]).flair)
-    assert np.array_equal(after.tissue, read_case(pair[1]).tissue)
-
-
-def test_a_pair_without_new_lesions_needs_no_warning(pair, write_volume, edge):
-    write_volume(pair[2], 0 * edge.mask, edge.affine)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert not read_pair(*pair)[1].lesions.any()
-
-
-def test_visits_on_two_grids_are_no_pair(pair, write_volume, edge):
-    moved = edge.affine.copy()
-    moved[0, 3] += 1
-    write_volume(pair[0], edge.flair, moved)
-    with pytest.raises(InputError, match=r"followup\.nii: its grid is not that of the baseline; resample"):
-        read_pair(*pair)
-
-
-def test_only_what_is_brain_in_both_visits_stays(pair):
-    before, after = read_pair(*pair)
-    half = np.zeros_like(after.brain)
-    half[: half.shape[0] // 2] = 1
-    less = replace(after, brain=after.brain * half)
-    for one, other in ((before, less), (less, before)):
-        first, last = in_common_brain(one, other)
-        assert np.array_equal(first.brain, less.brain)
-        assert np.array_equal(last.brain, less.brain)
-        for cut, whole in ((first, one), (last, other)):
-            assert np.array_equal(cut.flair, whole.flair * less.brain)
-            assert np.array_equal(cut.lesions, whole.lesions * less.brain)
-    with pytest.raises(InputError, match="does not meet that of the baseline"):
-        in_common_brain(before, replace(after, brain=1 - before.brain))

@@ -17,7 +17,7 @@ from synthlong.networks import UNetConfig
 from synthlong.recipe import draw_orientation
 from synthlong.synthesis import SynthesisConfig
 from synthlong.training.augmented import AugmentedPatches
-from synthlong.training.loop import rng_at
+from synthlong.training.loop import rng_at, seeded_weights
 from synthlong.training.patches import read_patches
 from synthlong.training.stages import FinetuneConfig, PretrainConfig, SegmentConfig, _Made, finetune, pretrain
 from synthlong.weights import read_weights, write_weights
@@ -270,6 +270,26 @@ def test_a_killed_training_goes_on_to_the_same_bits(run, first, tmp_path):
     assert torch.load(tmp_path / "cut.checkpoint", weights_only=True)["global_step"] < 30
     called(tmp_path, *cut, **options)
     assert (tmp_path / "whole.safetensors").read_bytes() == (tmp_path / "cut.safetensors").read_bytes()
+
+
+def test_two_processes_make_the_steps_of_one(run, first, tmp_path):
+    """As DDP on GPUs would: each sees its part of a batch, and their gradients' mean is that of all its patches."""
+    options = {"loss": "bce", "batch": 4, "learning_rate": 1e-3}
+    begin = ["--encoder", first / "s.safetensors"]
+    called(tmp_path, "pretrain", run, "-o", tmp_path / "one.safetensors", *begin, **options)
+    words = ["pretrain", run, "-o", tmp_path / "two.safetensors", *begin, "--config", tmp_path / "c.toml"]
+    with started("train", *words, "--devices", 2, "--no-tensorboard", "--threads", 1) as process:
+        said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    names = ("one", "two")
+    losses = [[p["loss"] for p in json.loads((tmp_path / f"{n}.json").read_text())["curve"]] for n in names]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    one, two = (read_weights(tmp_path / f"{n}.safetensors", task="siamese")[0].state_dict() for n in names)
+    with seeded_weights(0):
+        start = SiameseUNet.from_segmentation(SegmentationUNet(SIZE)).state_dict()
+    learned = [key for key in one if key.startswith("merge")]
+    assert min((one[key] - start[key]).abs().mean() for key in learned) > 1e-4
+    assert max((one[key] - two[key]).abs().mean() for key in learned) < 1e-6
 
 
 class StopError(Exception):

@@ -24,8 +24,9 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 import synthlong
-from synthlong.case import Case, check_same_grid, in_common_brain
+from synthlong.case import Case
 from synthlong.detection.networks import ConcatUNet, LongitudinalUNet, SiameseUNet
+from synthlong.detection.visits import check_same_grid, in_common_brain
 from synthlong.errors import ConfigError, InputError
 from synthlong.networks import ConvBlock, check_device, default_precision, one_thread
 from synthlong.weights import read_weights
@@ -109,7 +110,7 @@ def detect(
 ) -> Detection:
     """Find the lesions of the follow-up that the baseline does not have.
 
-    The networks see what is brain in both visits, nothing else: `case.in_common_brain`. The windows begin at that
+    The networks see what is brain in both visits, nothing else: `visits.in_common_brain`. The windows begin at that
     brain's bounding box: over the MNI grid, 64^3 windows would be three times as many.
 
     Args:

@@ -21,7 +21,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from synthlong.case import Case, check_same_grid, read_case, unlike_brain
+from synthlong.case import Case, read_case, read_lesions, unlike_brain
 from synthlong.errors import ConfigError, InputError, InputWarning, SynthlongError, short
 from synthlong.nifti import Volume, read_nifti
 from synthlong.preparation.config import PreparationConfig
@@ -30,7 +30,7 @@ from synthlong.preparation.scans import Scan
 from synthlong.resampling import Grid
 from synthlong.tissue import fitted_tissue_maps
 
-__all__ = ["Visits", "read_visits"]
+__all__ = ["Visits", "check_same_grid", "in_common_brain", "read_pair", "read_visits"]
 
 _ROLES = ("baseline", "follow-up")
 _TOLERANCE_MM = 1e-3
@@ -120,6 +120,48 @@ def read_visits(
         native = read_native(flairs[1])
     assert native is not None
     return Visits(*cases, files[1], native.way, found, about)
+
+
+def check_same_grid(baseline: Case, followup: Case, *, path: str | Path | None = None) -> None:
+    """Raise an InputError, of `path` or else the follow-up's id, unless both visits lie on one grid."""
+    if baseline.shape != followup.shape or not np.allclose(baseline.affine, followup.affine, atol=1e-3):
+        problem = "its grid is not that of the baseline"
+        raise InputError(path or followup.id, problem, "resample one onto the other's grid")
+
+
+def read_pair(baseline: Path, followup: Path, mask: Path, *, subject: str | None = None) -> tuple[Case, Case]:
+    """Read two visits of a patient; the lesions of the follow-up are the new ones, the baseline has none.
+
+    Args:
+        baseline: FLAIR of the first visit, NIfTI, as `read_case` takes it.
+        followup: The same of the second, on the same grid.
+        mask: The new lesions, on that grid.
+        subject: Identifier of both.
+
+    Raises:
+        InputError: See `read_case` and `read_lesions`; or the grids differ.
+    """
+    before, after = (read_case(visit, subject=subject) for visit in (baseline, followup))  # as without the truth
+    check_same_grid(before, after, path=followup)
+    return before, replace(after, lesions=read_lesions(mask, followup))
+
+
+def in_common_brain(baseline: Case, followup: Case) -> tuple[Case, Case]:
+    """Return two visits of one grid, with their lesions, without what is brain in one of them only.
+
+    Where one visit was cut away there is nothing to compare with, and tissue beside nothing looks new.
+
+    Raises:
+        InputError: The brains do not meet.
+    """
+    brain = baseline.brain & followup.brain
+    if not brain.any():
+        raise InputError(followup.id, "its brain does not meet that of the baseline", "register one to the other")
+    first, last = (
+        replace(visit, brain=brain, flair=visit.flair * brain, lesions=visit.lesions * brain)
+        for visit in (baseline, followup)
+    )
+    return first, last
 
 
 def _as_they_are(files: tuple[Volume, Volume], brains: _Masks, prefer: str | None) -> tuple[Case, Case] | str:

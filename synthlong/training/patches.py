@@ -23,9 +23,10 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from synthlong.case import Case, in_common_brain, read_pair
+from synthlong.case import Case
 from synthlong.dataset.shards import ShardDataset, subjects_of
 from synthlong.detection.networks import ConcatUNet, LongitudinalUNet, SegmentationUNet
+from synthlong.detection.visits import in_common_brain, read_pair
 from synthlong.errors import ConfigError, InputError, InputWarning
 from synthlong.hole import grown_box
 from synthlong.manifest import CaseFiles, find_cases, manifest_rows
