@@ -12,6 +12,7 @@ from synthlong.artifacts import (
     RandomAcquisition,
     RandomGaussianBlur,
     RandomGaussianNoise,
+    RandomKSpaceMotion,
     acquire,
     gaussian_blur,
     gaussian_noise,
@@ -44,17 +45,22 @@ def test_presets():
 
 
 def test_clinical_scans_have_thick_slices():
-    """60 % of them, along K, whatever else they have; without that, the draws of "mild"."""
+    """60 % of them, axial ones, whatever else they have; without that, the draws of "mild"."""
     runs = drawn(RandomAcquisition("clinical"))
     thick = [(steps, p) for steps in runs for name, p in steps if p.get("prefilter")]
     assert abs(len(thick) / len(runs) - 0.6) < 0.03
-    assert {p["axis"] for _, p in thick} == {2}
+    assert {p["axis"] for _, p in thick} == {"axial"}
     factors = [p["factor"] for _, p in thick]
     assert 2 <= min(factors) < 2.05
     assert 3.95 < max(factors) <= 4
     mixed = [steps for steps, _ in thick if len(steps) == 3]
     assert any(steps[0][0] == "KSpaceMotion" and steps[1][1].get("prefilter") for steps in mixed), "in order"
     assert any(steps[1][1].get("prefilter") and steps[2][0] == "UnsharpMask" for steps in mixed), "in order"
+    own = RandomAcquisition("clinical", artifacts=[RandomGaussianNoise(), RandomKSpaceMotion()], count=2, untouched=0)
+    orders = {tuple(name for name, _ in steps) for steps in drawn(own, 50)}
+    assert {tuple(n for n in names if n != "AnisotropicDownsampling") for names in orders} == {
+        tuple(artifact.final.__name__ for artifact in own.artifacts)
+    }, "the user's order stays"
     assert drawn(RandomAcquisition("clinical", thick_slices=0), 50) == drawn(RandomAcquisition("mild"), 50)
     assert all(p["prefilter"] for (_, p), *_ in drawn(RandomAcquisition(thick_slices=1, untouched=1), 50))
 
@@ -86,9 +92,15 @@ def test_background():
     assert not RandomAcquisition("kamraoui", zero_background=True)(x)[:3].any()
 
 
-def test_axial_follows_the_affine():
-    x = torch.rand(9, 8, 7)
-    steps = [["SliceThickness", {"size": 3, "axis": "axial"}]]
+@pytest.mark.parametrize(
+    "step",
+    [
+        ["SliceThickness", {"size": 3, "axis": "axial"}],
+        ["AnisotropicDownsampling", {"factor": 2.5, "axis": "axial", "prefilter": True}],
+    ],
+)
+def test_axial_follows_the_affine(step):
+    x, steps = torch.rand(9, 8, 7), [step]
     turned = np.eye(4)[[1, 2, 0, 3]]  # axis 0 runs up
     want = acquire(x.transpose(0, 2), steps=steps).transpose(0, 2)
     assert torch.allclose(acquire(x, steps=steps, affine=turned), want, atol=1e-6)
@@ -109,6 +121,7 @@ def test_bad_arguments():
         ({"preset": "wild"}, "preset = 'wild'"),
         ({"severity": 2}, "severity = 2"),
         ({"untouched": -1}, "untouched = -1"),
+        ({"thick_slices": 2}, "thick_slices = 2"),
         ({"count": 10}, "count = 10"),
         ({"artifacts": [GaussianBlur(1.0)]}, "none of"),
         ({"artifacts": [RandomGaussianBlur(p=0.5)]}, "p, include"),

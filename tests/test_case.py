@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import ndimage, stats
 
 import synthlong.case as module
-from synthlong.case import Case, read_case
+from synthlong.case import Case, read_case, read_lesions
 from synthlong.errors import InputError, InputWarning
 from synthlong.tissue import CSF, WHITE
 
@@ -465,6 +465,24 @@ def test_lesions_outside_the_brain(read, edge):
             assert np.array_equal(case.lesions, inside)
 
 
+def test_a_mask_by_itself_has_the_lesions_of_the_case(tmp_path, write_volume, edge):
+    """On a grid of 0.8 mm that is turned, with lesion voxels outside the brain."""
+    affine = edge.affine @ np.diag([-0.8, 0.8, 0.8, 1])
+    mask = edge.mask.copy()
+    far = np.argwhere(ndimage.binary_erosion(edge.flair == 0, iterations=2))
+    mask[tuple(far[:3].T)] = 1
+    flair = write_volume(tmp_path / "flair.nii", edge.flair, affine)
+    path = write_volume(tmp_path / "mask.nii", mask, affine)
+    with pytest.warns(InputWarning, match="3 of .* lesion voxels outside the brain are left out"):
+        case = read_case(flair, path)
+    with pytest.warns(InputWarning, match="3 of .* lesion voxels outside the brain are left out"):
+        lesions = read_lesions(path, flair)
+    assert np.array_equal(lesions, case.lesions)
+    assert lesions.any()
+    with pytest.raises(InputError, match="the mask is the FLAIR itself"):
+        read_lesions(flair, flair)
+
+
 def test_a_given_brain_mask_counts(read, edge):
     brain = ndimage.binary_erosion(edge.brain, iterations=2).astype(np.uint8)
     mask = edge.mask & brain
@@ -678,6 +696,3 @@ def test_cs19_loses_three_lesion_voxels_outside_its_brain(bundled):
     assert case.lesions.sum() == 49766
     assert (case.tissue[case.lesions > 0] == WHITE).all()
     assert slow_mode(case) == pytest.approx(1, abs=0.03)
-
-
-# --- pairs

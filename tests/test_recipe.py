@@ -388,6 +388,9 @@ def test_artifacts_of_each_visit(recipes, small_case):
     assert all(r.artifacts == Artifacts() for r in none)
     heavy = [draw(small_case, k, artifacts="kamraoui").artifacts for k in range(20)]
     assert {len(a.baseline) for a in heavy} == {1, 2, 3}
+    clinical = [draw(small_case, k, artifacts="clinical") for k in range(20)]
+    assert any("AnisotropicDownsampling" in dict(r.artifacts.followup) for r in clinical)
+    assert all(Recipe.from_json(r.to_json()) == r for r in clinical)
     first = draw(small_case, artifacts="before_editing").artifacts
     assert first == replace(heavy[0], before_editing=True)
 

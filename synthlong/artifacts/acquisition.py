@@ -5,9 +5,9 @@
 Preset "kamraoui" mixes 1-3 of the nine at the ranges of Kamraoui et al. 2022, section 2.4
 (doi:10.3389/fnimg.2022.948235), which gives no count. Preset "mild" leaves 30 % untouched and mixes 1-2 at half
 severity: heavy artifacts in training have been found to hurt. Its spikes start from an intensity of 0.1-0.5: TorchIO's
-1-3 draws stripes 1 to 3 times the image's mean, which leave little else to see. Preset "clinical" is "mild" on slices
-as clinics make them: 60 % of the images have slices of 2-4 voxels along K, averaged as a scanner does, before what else
-comes; two visits of one patient then never cut the cortex alike.
+1-3 draws stripes 1 to 3 times the image's mean, which leave little else to see. Preset "clinical" is "mild" with slices
+as clinics make them: 60 % of the images, whatever else they have, get axial slices of 2-4 voxels, averaged as a scanner
+does. Two such visits do not cut the cortex alike.
 """
 
 from __future__ import annotations
@@ -76,8 +76,7 @@ _PRESETS = {
     "kamraoui": _Preset(0.0, (1, 3), 1.0, (1.0, 3.0), 0.0),
     "clinical": _Preset(0.3, (1, 2), 0.5, (0.1, 0.5), 0.6),
 }
-_THICK = RandomAnisotropicDownsampling(factor=(2, 4), axes=2, prefilter=True)
-"""Slices of a clinical scan, 1 mm voxels."""
+_THICK = RandomAnisotropicDownsampling(factor=(2, 4), axes="axial", prefilter=True)
 
 
 def acquire(
@@ -135,15 +134,15 @@ class Acquisition(Artifact):
 
 
 class RandomAcquisition(RandomArtifact):
-    """A random mixture of the nine artifacts, each at most once.
+    """A random mixture of the nine artifacts, each at most once, and thick slices.
 
     Args:
         preset: "mild", "kamraoui" or "clinical"; the other arguments replace what it says.
-        severity: 1 takes each artifact's ranges as they are, 0.5 moves them half-way to what changes nothing, 0 is the
-            identity; in [0, 1].
+        severity: 1 takes each artifact's ranges as they are, 0.5 moves them half-way to what changes nothing, 0 all the
+            way; in [0, 1].
         untouched: Share of the images that get none of `artifacts`, in [0, 1].
-        thick_slices: Share of the images with slices of 2-4 voxels along K, whatever `severity` is and however many
-            other artifacts come, in [0, 1].
+        thick_slices: Share of the images with axial slices of 2-4 voxels, whatever `severity`, `untouched` and `count`
+            say of the other artifacts, in [0, 1].
         count: How many artifacts, a whole number or a range.
         artifacts: Random transforms to choose from, applied in this order; default: all nine.
         zero_background: Set voxels that are exactly 0 back to 0 in the end.
@@ -197,6 +196,7 @@ class RandomAcquisition(RandomArtifact):
 
     def draw_params(self, rng: np.random.Generator) -> Params:
         """Draw which artifacts, and the parameters of each."""
+        thick = _THICK.draw_params(rng) if self.thick_slices and rng.random() < self.thick_slices else None
         steps: list[list[Any]] = []
         if rng.random() >= self.untouched and self.severity:
             count = int(self.count.draw(rng))
@@ -204,7 +204,8 @@ class RandomAcquisition(RandomArtifact):
                 artifact = self.artifacts[n]
                 drawn = softened(artifact.draw_params(rng), artifact.identity, self.severity)
                 steps.append([artifact.final.__name__, drawn])
-        if self.thick_slices and rng.random() < self.thick_slices:
-            steps.append([_THICK.final.__name__, _THICK.draw_params(rng)])
-            steps.sort(key=lambda step: _ORDER[step[0]])
+        if thick:
+            name = _THICK.final.__name__
+            later = [n for n, (other, _) in enumerate(steps) if _ORDER[other] > _ORDER[name]]
+            steps.insert(later[0] if later else len(steps), [name, thick])
         return {"steps": steps, "zero_background": self.zero_background}

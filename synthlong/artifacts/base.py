@@ -24,9 +24,9 @@ from torchio.transforms.augmentation import RandomTransform
 from torchio.transforms.data_parser import DataParser
 from torchio.transforms.intensity_transform import IntensityTransform
 
-from synthlong.artifacts.ranges import check_number
+from synthlong.artifacts.ranges import check_axis, check_number
 
-__all__ = ["Artifact", "RandomArtifact", "axial_axis", "softened", "spacing_of"]
+__all__ = ["Artifact", "RandomArtifact", "axial_axis", "on_axis", "softened", "spacing_of"]
 
 Params = dict[str, Any]
 
@@ -43,6 +43,12 @@ def axial_axis(affine: NDArray[np.float64]) -> int:
     """Return the array axis that runs closest to the head's axis, from inferior to superior."""
     columns = np.asarray(affine, np.float64)[:3, :3]
     return int(np.argmax(np.abs(columns[2]) / np.linalg.norm(columns, axis=0)))
+
+
+def on_axis(params: Params, affine: NDArray[np.float64]) -> Params:
+    """Return parameters with the array's axis where they say "axial"."""
+    axis = check_axis(params["axis"])
+    return {**params, "axis": axial_axis(affine) if axis == "axial" else axis}
 
 
 def softened(params: Params, identity: Mapping[str, float], severity: float) -> Params:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
-from synthlong.artifacts.base import Artifact, Params, RandomArtifact
+from synthlong.artifacts.base import Artifact, Params, RandomArtifact, on_axis
 from synthlong.artifacts.ranges import Range, check_axes, check_number
 from synthlong.artifacts.volumes import copied, in_slabs, on_volumes
 
@@ -63,7 +63,7 @@ class AnisotropicDownsampling(Artifact):
 
     Args:
         factor: Size of a coarse voxel in voxels, in [1, 64].
-        axis: 0, 1 or 2.
+        axis: 0, 1 or 2; `"axial"`: the one closest to the head's axis, found from the affine.
         prefilter: Average over the coarse voxel.
         **kwargs: See `Artifact`.
     """
@@ -73,13 +73,18 @@ class AnisotropicDownsampling(Artifact):
     def __init__(self, factor: Any, axis: Any, prefilter: Any = False, **kwargs: Any) -> None:
         super().__init__({"factor": factor, "axis": axis, "prefilter": prefilter}, **kwargs)
 
+    @staticmethod
+    def on_grid(params: Params, affine: NDArray[np.float64]) -> Params:
+        """Find the axial axis."""
+        return on_axis(params, affine)
+
 
 class RandomAnisotropicDownsampling(RandomArtifact):
     """Downsampling by a random factor along a random axis.
 
     Args:
         factor: Range of the size of a coarse voxel in voxels.
-        axes: The axes to choose from.
+        axes: The axes to choose from; `"axial"`: that one alone.
         prefilter: Average over the coarse voxel.
         **kwargs: See `RandomArtifact`.
     """
@@ -90,13 +95,13 @@ class RandomAnisotropicDownsampling(RandomArtifact):
     def __init__(
         self,
         factor: float | Sequence[float] = (1.5, 4),
-        axes: int | Sequence[int] = (0, 1, 2),
+        axes: int | Sequence[int] | Literal["axial"] = (0, 1, 2),
         prefilter: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.factor = Range.of("factor", factor, least=1, most=64, around=1)
-        self.axes = check_axes(axes)
+        self.axes = (axes,) if axes == "axial" else check_axes(axes)
         self.prefilter = bool(prefilter)
 
     def draw_params(self, rng: np.random.Generator) -> Params:

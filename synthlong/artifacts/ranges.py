@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Range", "check_axes", "check_number", "check_triple", "check_triples"]
+__all__ = ["Range", "check_axes", "check_axis", "check_number", "check_triple", "check_triples"]
 
 _DIGITS = 6  # of a number drawn from a wide range: keeps recipes and histories short
 
@@ -128,6 +128,19 @@ def check_axes(value: Any) -> tuple[int, ...]:
     if not axes:
         raise ValueError(f"axes = {value!r}: must have at least one of 0, 1, 2")
     return tuple(int(check_number("axes", axis, least=0, most=2, whole=True)) for axis in axes)
+
+
+def check_axis(axis: Any) -> int | str:
+    """Return 0, 1, 2 or "axial".
+
+    Raises:
+        ValueError: Anything else.
+    """
+    if isinstance(axis, str):
+        if axis != "axial":
+            raise ValueError(f"axis = {axis!r}: must be 0, 1, 2 or 'axial'")
+        return axis
+    return int(check_number("axis", axis, least=0, most=2, whole=True))
 
 
 def check_triples(

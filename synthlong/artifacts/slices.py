@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from synthlong.artifacts.base import Artifact, Params, RandomArtifact, axial_axis
+from synthlong.artifacts.base import Artifact, Params, RandomArtifact, on_axis
 from synthlong.artifacts.blur import mirrored
-from synthlong.artifacts.ranges import Range, check_number
+from synthlong.artifacts.ranges import Range, check_axis, check_number
 from synthlong.artifacts.volumes import copied, in_slabs, on_volumes
 
 __all__ = ["RandomSliceThickness", "SliceThickness", "slice_thickness"]
@@ -71,8 +71,7 @@ class SliceThickness(Artifact):
     @staticmethod
     def on_grid(params: Params, affine: NDArray[np.float64]) -> Params:
         """Find the axial axis."""
-        axis = _check_axis(params.get("axis", "axial"))
-        return {**params, "axis": axial_axis(affine) if axis == "axial" else axis}
+        return on_axis({"axis": "axial", **params}, affine)
 
 
 class RandomSliceThickness(RandomArtifact):
@@ -90,20 +89,11 @@ class RandomSliceThickness(RandomArtifact):
     def __init__(self, size: Any = (2, 4), *, axis: Any = "axial", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.size = Range.of("size", size, least=1, most=_THICKEST, whole=True)
-        self.axis = _check_axis(axis)
+        self.axis = check_axis(axis)
 
     def draw_params(self, rng: np.random.Generator) -> Params:
         """Draw the size."""
         return {"size": self.size.draw(rng), "axis": self.axis}
-
-
-def _check_axis(axis: Any) -> int | str:
-    """Return 0, 1, 2 or "axial"."""
-    if isinstance(axis, str):
-        if axis != "axial":
-            raise ValueError(f"axis = {axis!r}: must be 0, 1, 2 or 'axial'")
-        return axis
-    return int(check_number("axis", axis, least=0, most=2, whole=True))
 
 
 def _by_torch(volumes: Tensor, size: int, axis: int) -> Tensor:
