@@ -206,6 +206,6 @@ class RandomAcquisition(RandomArtifact):
                 steps.append([artifact.final.__name__, drawn])
         if thick:
             name = _THICK.final.__name__
-            later = [n for n, (other, _) in enumerate(steps) if _ORDER[other] > _ORDER[name]]
-            steps.insert(later[0] if later else len(steps), [name, thick])
+            place = next((n for n, (other, _) in enumerate(steps) if _ORDER[other] > _ORDER[name]), len(steps))
+            steps.insert(place, [name, thick])
         return {"steps": steps, "zero_background": self.zero_background}
