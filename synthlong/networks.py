@@ -6,6 +6,7 @@ the encoder's features are concatenated on the way (Schmidt-Mengin et al. 2022, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from synthlong.errors import ConfigError
@@ -24,6 +26,7 @@ __all__ = [
     "ConvBlock",
     "Decoder",
     "Encoder",
+    "GroupNorm",
     "UNet",
     "UNetConfig",
     "check_device",
@@ -69,13 +72,65 @@ class UNetConfig:
         return 2 ** (len(self.widths) - 1)
 
 
+class _GroupNorm(torch.autograd.Function):
+    """GroupNorm of features in channels_last on a CPU: torch's, with a gradient of our own.
+
+    With z = (x - mean) rstd, s = weight and means over a group's voxels and channels:
+    dx = rstd (s dy - mean(s dy) - z mean(s dy z)).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+        n, channels = x.shape[:2]
+        y, mean, rstd = torch.native_group_norm(x, weight, bias, n, channels, x[0, 0].numel(), groups, eps)
+        ctx.save_for_backward(x, weight, mean.float(), rstd.float())
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        (n, channels), (groups, voxels) = x.shape[:2], (mean.shape[1], x[0, 0].numel())
+        many = math.gcd(voxels, 512 // channels or 1)  # voxels to a row: sums over short rows are slow
+        rows = (n, voxels // many, many * channels)
+        xs, dys = (t.movedim(1, -1).reshape(rows) for t in (x, dy.to(x.dtype)))
+        pairs = zip(xs, dys, strict=True)  # one by one, to stay in the cache
+        sums = torch.stack([torch.stack([t.sum(dim=0, dtype=torch.float32) for t in (b, a * b)]) for a, b in pairs])
+        of_dy, of_x_dy = sums.view(n, 2, many, groups, -1).sum(dim=2).unbind(dim=1)
+
+        scale = weight.float().view(groups, -1)
+        mean, rstd = mean[..., None], rstd[..., None]
+        mean_dy, mean_x_dy = ((total * scale).mean(dim=-1, keepdim=True) / voxels for total in (of_dy, of_x_dy))
+        slope = (mean_dy * mean - mean_x_dy) * rstd**3
+        offset = -slope * mean - mean_dy * rstd
+        of_channels = (t.expand_as(of_dy).reshape(n, -1) for t in (offset, slope, rstd * scale))
+        factors = [t.repeat(1, many).to(x.dtype) for t in of_channels]
+        dx = torch.empty(rows, dtype=x.dtype)
+        for out, a, b, c0, c1, c2 in zip(dx, xs, dys, *factors, strict=True):
+            torch.addcmul(c0, a, c1, out=out).addcmul_(b, c2)
+        dweight = ((of_x_dy - of_dy * mean) * rstd).sum(dim=0).flatten().to(weight.dtype)
+        dbias = of_dy.sum(dim=0).flatten().to(weight.dtype)
+        return dx.view(n, *x.shape[2:], channels).movedim(-1, 1), dweight, dbias, None, None
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm with a fast gradient in channels_last on a CPU: torch's own takes a third of a training's time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(N, C, I, J, K)` to the same."""
+        last = x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
+        if last and x.device.type == "cpu" and torch.is_grad_enabled():
+            return _GroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
+        return super().forward(x)
+
+
 class ConvBlock(nn.Sequential):
     """Two times 3x3x3 convolution, GroupNorm (8 groups) and ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         layers: list[nn.Module] = []
         for c in (in_channels, out_channels):
-            layers += [nn.Conv3d(c, out_channels, 3, padding=1, bias=False), nn.GroupNorm(8, out_channels)]
+            layers += [nn.Conv3d(c, out_channels, 3, padding=1, bias=False), GroupNorm(8, out_channels)]
             layers += [nn.ReLU(inplace=True)]
         super().__init__(*layers)
 

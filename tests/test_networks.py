@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from synthlong.networks import UNet, UNetConfig, default_precision, infer
+from synthlong.networks import GroupNorm, UNet, UNetConfig, default_precision, infer
 
 CONFIG = UNetConfig(in_channels=3, out_channels=1, widths=(8, 16, 16))
 
@@ -76,3 +76,26 @@ def test_a_result_does_not_depend_on_its_batch(precision):
 
 def test_default_precision():
     assert default_precision() in ("bf16", "float32")
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("shape", [(2, 8, 16, 16, 16), (1, 24, 5, 7, 3), (3, 512, 2, 1, 2)])
+def test_the_gradient_of_group_norm_is_that_of_torch_in_double_precision(shape, dtype, near):
+    draw = torch.Generator().manual_seed(0)
+    last = {"memory_format": torch.channels_last_3d}
+    x = (3 * torch.randn(shape, generator=draw) + 1).to(dtype).to(**last).requires_grad_()
+    dy = torch.randn(shape, generator=draw).to(dtype).to(**last)
+    norm = GroupNorm(8, shape[1])
+    torch.nn.init.normal_(norm.weight, generator=draw)
+    slow = torch.nn.GroupNorm(8, shape[1], dtype=torch.float64)
+    slow.load_state_dict(norm.state_dict())
+    exact = x.detach().double().contiguous().requires_grad_()
+
+    y = norm(x)
+    assert type(y.grad_fn).__name__ == "_GroupNormBackward"
+    y.backward(dy)
+    slow(exact).backward(dy.double())
+    assert x.grad.dtype == dtype
+    assert x.grad.is_contiguous(**last)
+    for ours, theirs in ((x.grad, exact.grad), (norm.weight.grad, slow.weight.grad), (norm.bias.grad, slow.bias.grad)):
+        assert (ours - theirs).abs().max() < near * theirs.abs().max()
