@@ -161,8 +161,16 @@ class Decoder(nn.ModuleList):
         *skips, x = features
         for block, skip in zip(reversed(self), reversed(skips), strict=True):
             x = F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=False)
+            if x.requires_grad:
+                x.register_hook(_in_its_layout)
             x = block(torch.cat([skip, x], dim=1))
         return x
+
+
+def _in_its_layout(dy: Tensor) -> Tensor:
+    """Return a gradient in the layout of its features: of a part of a concatenation, interpolation's is slow."""
+    channels_last = dy.stride(1) == 1
+    return dy.contiguous(memory_format=torch.channels_last_3d if channels_last else torch.contiguous_format)
 
 
 class UNet(nn.Module):

@@ -99,3 +99,15 @@ def test_the_gradient_of_group_norm_is_that_of_torch_in_double_precision(shape, 
     assert x.grad.is_contiguous(**last)
     for ours, theirs in ((x.grad, exact.grad), (norm.weight.grad, slow.weight.grad), (norm.bias.grad, slow.bias.grad)):
         assert (ours - theirs).abs().max() < near * theirs.abs().max()
+
+
+def test_the_gradients_in_channels_last_are_those_of_double_precision():
+    network = scrambled()
+    exact = UNet(CONFIG).double()
+    exact.load_state_dict(network.state_dict())
+    network.to(memory_format=torch.channels_last_3d)
+    x = torch.randn(2, 3, 16, 8, 12, generator=torch.Generator().manual_seed(0))
+    network(x.to(memory_format=torch.channels_last_3d)).square().mean().backward()
+    exact(x.double()).square().mean().backward()
+    for (name, ours), theirs in zip(network.named_parameters(), exact.parameters(), strict=True):
+        assert (ours.grad - theirs.grad).abs().max() < 1e-4 * theirs.grad.abs().max(), name
