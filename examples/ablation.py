@@ -1,23 +1,25 @@
 """What each part of the training adds: Table 2 of Kamraoui et al. (2022), on any manifest of real pairs.
 
-    python examples/ablation.py PAIRS.csv CASES -o ablation [--folds 5] [--seeds 1] [--steps 2000] ...
+    python examples/ablation.py PAIRS.csv CASES -o ablation [--test TEST.csv | --folds 5] [--seeds 1] [--steps 2000] ...
 
 PAIRS.csv has columns `subject,baseline,followup,mask` (`synthlong prepare` writes it), CASES are single visits with
-lesion masks. Five ways to train on the real pairs, each scored on whole scans of patients held out:
+lesion masks. Five ways to train on the real pairs, each scored on whole scans: those of TEST.csv, as in the paper, or
+of the patients of each fold in turn.
 
 (a) from nothing, with orthogonal turns and mirroring; (b) and with the encoder of stage one; (c) (a) after pretraining
-on synthetic pairs; (d) (a) with artifacts; (e) all of it.
+on synthetic pairs; (d) (a) with artifacts; (e) all of it. Synthetic pairs are made on the fly; or they were made before
+(`--synthetic`), with `artifacts = "none"` for (c) and `"kamraoui"` for (e).
 
 Every training has the same number of steps. Patients held out choose no weights: those of the last step are scored.
 What was trained with the same options is found again in the folder. CASES must not hold patients
-of PAIRS.csv: the first stages learn from all of them.
+of PAIRS.csv or TEST.csv: the first stages learn from all of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +29,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import wilcoxon
 
+from synthlong.case import Case
 from synthlong.dataset.shards import subjects_of
 from synthlong.detection.inference import detect, read_detectors
 from synthlong.detection.networks import SegmentationUNet, SiameseUNet
@@ -87,6 +90,7 @@ class Scale:
     """How large and how long, the same for all."""
 
     cases: Path
+    synthetic: Path | None
     out: Path
     steps: int
     side: int
@@ -114,10 +118,12 @@ class Scale:
             network = SegmentationUNet(SegmentConfig(widths=self.widths).network)
             write_weights(encoder, network, task=network.task, card={})
         if method.synthetic:
-            pairs = SynthesisConfig(artifacts=method.preset)  # type: ignore[arg-type]
-            options = {**self.shared(), "trainable": method.trainable, "synthesis": pairs}
+            options = {**self.shared(), "trainable": method.trainable}
+            if self.synthetic is None:
+                options["synthesis"] = SynthesisConfig(artifacts=method.preset)  # type: ignore[arg-type]
             config = PretrainConfig(**options)  # type: ignore[arg-type]
-            pretrain(self.cases, out, encoder=encoder, config=config, card={}, tensorboard=False)
+            source = self.synthetic / method.preset if self.synthetic else self.cases
+            pretrain(source, out, encoder=encoder, config=config, card={}, tensorboard=False)
         else:
             torch.manual_seed(self.seed)
             trained, _ = read_weights(encoder, task=SegmentationUNet.task)
@@ -151,16 +157,29 @@ def write_pairs(path: Path, pairs: Iterable[Pair]) -> None:
         table.writerows([p.subject, p.baseline.resolve(), p.followup.resolve(), p.mask.resolve()] for p in pairs)
 
 
-def split(pairs: Sequence[Pair], fold: int, folds: int) -> tuple[list[Pair], list[Pair]]:
-    """Return the pairs to train on, and those held out."""
-    held_out = subjects_of("validation", sorted({p.subject for p in pairs}), fold=fold, folds=folds)
-    return [p for p in pairs if p.subject not in held_out], [p for p in pairs if p.subject in held_out]
+def splits(options: argparse.Namespace) -> Iterator[tuple[str, list[Pair], list[Pair]]]:
+    """Yield a name, the pairs to train on, and those to score: of the test, or of each fold in turn."""
+    pairs = read_pairs(options.pairs)
+    if options.test:
+        yield "all", pairs, read_pairs(options.test)
+        return
+    subjects = sorted({p.subject for p in pairs})
+    for fold in range(options.folds):
+        held_out = subjects_of("validation", subjects, fold=fold, folds=options.folds)
+        training = [p for p in pairs if p.subject not in held_out]
+        yield f"fold{fold}", training, [p for p in pairs if p.subject in held_out]
+
+
+@cache
+def visits_of(pair: Pair) -> tuple[Case, Case]:
+    """Return what is scored again and again."""
+    return read_pair(pair.baseline, pair.followup, pair.mask, subject=pair.subject)
 
 
 def score(weights: Path, pair: Pair) -> NDArray[np.float64]:
     """Return a patient's row of the table."""
-    baseline, followup = read_pair(pair.baseline, pair.followup, pair.mask, subject=pair.subject)
-    found = detect(baseline, followup, read_detectors([weights]))
+    baseline, followup = visits_of(pair)
+    found = detect(baseline, followup, read_detectors([weights]), mirrored=False)  # half the time
     scores = lesion_scores(followup.lesions, found.mask, (1.0, 1.0, 1.0))
     if scores.dice is None or scores.lesion_f1 is None:
         return np.full(len(COLUMNS), np.nan)  # no true lesion: these scores are not defined
@@ -197,7 +216,9 @@ def parser(text: str | None) -> argparse.ArgumentParser:
     parser.add_argument("pairs", type=Path)
     parser.add_argument("cases", type=Path)
     parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument("--test", type=Path, help="pairs to score; default: each fold of PAIRS in turn")
     parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--synthetic", type=Path, help="runs of `generate`, none/ and kamraoui/; default: on the fly")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--side", type=int, default=64)
@@ -211,21 +232,19 @@ def parser(text: str | None) -> argparse.ArgumentParser:
 def scale_of(options: argparse.Namespace, seed: int) -> Scale:
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
-    size = {name: getattr(options, name) for name in ("cases", "out", "steps", "side", "batch", "learning_rate")}
-    return Scale(**size, widths=tuple(options.widths), seed=seed)
+    same = ("cases", "synthetic", "out", "steps", "side", "batch", "learning_rate")
+    return Scale(**{name: getattr(options, name) for name in same}, widths=tuple(options.widths), seed=seed)
 
 
 def main() -> None:
     options = parser(__doc__).parse_args()
-    pairs = read_pairs(options.pairs)
     rows = {}
     for method in METHODS:
         seeds = []
         for seed in range(options.seeds):
             scores: list[NDArray[np.float64]] = []
-            for fold in range(options.folds):
-                training, held_out = split(pairs, fold, options.folds)
-                weights = scale_of(options, seed).train(method, training, f"fold{fold}")
+            for name, training, held_out in splits(options):
+                weights = scale_of(options, seed).train(method, training, name)
                 scores += [score(weights, pair) for pair in held_out]
             seeds.append(scores)
         rows[method.name] = np.array(seeds)

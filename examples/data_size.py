@@ -1,22 +1,23 @@
 """How many real patients it takes: Figure 6 of Kamraoui et al. (2022), on any manifest of real pairs.
 
-    python examples/data_size.py PAIRS.csv CASES -o size [--patients 34 26 17 8 0] [--folds 5] [--seeds 1] ...
+    python examples/data_size.py PAIRS.csv CASES -o size [--test TEST.csv] [--patients 34 26 17 8 0] [--seeds 1] ...
 
 The method with all its parts, and the baseline that knows real pairs only, trained on n patients (0: synthetic pairs
-only, which the baseline cannot) and scored on whole scans of the patients of one fold. See `ablation.py`.
+only, which the baseline cannot) and scored on whole scans of TEST.csv, or of the patients of the first of `--folds`.
+See `ablation.py`.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from ablation import BASELINE, FULL, parser, read_pairs, scale_of, score, show, split
+from ablation import BASELINE, FULL, parser, scale_of, score, show, splits
 
 
 def main() -> None:
     asked = parser(__doc__)
     asked.add_argument("--patients", type=int, nargs="+", default=[34, 26, 17, 8, 0])
     options = asked.parse_args()
-    training, held_out = split(read_pairs(options.pairs), 0, options.folds)
+    name, training, held_out = next(splits(options))
     subjects = list(dict.fromkeys(pair.subject for pair in training))
     if max(options.patients) > len(subjects):
         asked.error(f"--patients {max(options.patients)}: there are {len(subjects)} to train on")
@@ -29,7 +30,8 @@ def main() -> None:
             for seed in range(options.seeds):
                 chosen = set(np.random.default_rng(seed).permutation(subjects)[:count])
                 some = [pair for pair in training if pair.subject in chosen]
-                weights = scale_of(options, seed).train(method, some, f"{count}patients")
+                called = name if len(some) == len(training) else f"{count}patients"  # the ablation has these, too
+                weights = scale_of(options, seed).train(method, some, called)
                 seeds.append([score(weights, pair) for pair in held_out])
             rows[f"{method.name}, n = {count}"] = np.array(seeds)
     show(rows)
