@@ -198,9 +198,10 @@ def show(rows: dict[str, NDArray[np.float64]]) -> None:
     for name, values in rows.items():
         patients = np.nanmean(values, axis=0)
         count = (~np.isnan(patients)).sum(axis=0)
-        sem = np.nanstd(patients, axis=0, ddof=1) / np.sqrt(count) if count.min() > 1 else np.nan
+        deviation = np.nansum((patients - np.nanmean(patients, axis=0)) ** 2, axis=0)
+        sem = np.sqrt(deviation / np.where(count > 1, count * (count - 1), np.nan))
         cells = []
-        for n, (mean, error) in enumerate(zip(np.nanmean(patients, axis=0), np.broadcast_to(sem, 5), strict=True)):
+        for n, (mean, error) in enumerate(zip(np.nanmean(patients, axis=0), sem, strict=True)):
             known = ~np.isnan(patients[:, n] + baseline[:, n])
             change = (patients - baseline)[known, n]
             p = f" p {wilcoxon(change).pvalue:.2f}" if change.any() else ""
