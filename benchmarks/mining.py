@@ -56,7 +56,7 @@ def draw(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
         style = "-" if cards[0]["train"]["mining"] else "--"
         axes.plot(share, mean, style, color=f"C{number}", label=name)
         axes.fill_between(share, mean - sem, mean + sem, color=f"C{number}", alpha=0.15, linewidth=0)
-    axes.set(xlabel="share of the training", ylabel="Dice on patches of the patient held out", xlim=(0, 1))
+    axes.set(xlabel="share of the training", ylabel="Dice on patches of patients held out", xlim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.tight_layout()
@@ -85,12 +85,12 @@ def main() -> None:
             out = options.out / f"{number}-seed{seed}.safetensors"
             curves[name].append(train(options.source, out, setting, seed, options))
         draw(curves, options.out / "curves.png")
-    print(f"{'setting':24} {'best Dice':>16} {'last Dice':>16} {'ms/step':>8}")
+    print(f"{'setting':24} {'best Dice':>26} {'last Dice':>26} {'ms/step':>8}")
     for name, cards in curves.items():
         figures = [[card["best"]["dice"] for card in cards], [card["curve"][-1]["dice"] for card in cards]]
         said = [f"{np.mean(f):.3f} ({', '.join(f'{d:.2f}' for d in f)})" for f in figures]
         pace = np.median([1000 * card["seconds"] / card["train"]["steps"] for card in cards])
-        print(f"{name:24} {said[0]:>16} {said[1]:>16} {pace:8.0f}")
+        print(f"{name:24} {said[0]:>26} {said[1]:>26} {pace:8.0f}")
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def show(rows: dict[str, NDArray[np.float64]]) -> None:
     Args:
         rows: By method, `(seeds, patients, columns)`.
     """
-    print(f"{'':22}" + "".join(f"{name:>24}" for name in COLUMNS))
+    print(f"{'':26}" + "".join(f"{name:>24}" for name in COLUMNS))
     baseline = np.nanmean(next(iter(rows.values())), axis=0)
     for name, values in rows.items():
         patients = np.nanmean(values, axis=0)
@@ -206,10 +206,10 @@ def show(rows: dict[str, NDArray[np.float64]]) -> None:
             change = (patients - baseline)[known, n]
             p = f" p {wilcoxon(change).pvalue:.2f}" if change.any() else ""
             cells.append(f"{mean:.3f}+-{error:.3f}{p}")
-        print(f"{name:22}" + "".join(f"{cell:>24}" for cell in cells))
+        print(f"{name:26}" + "".join(f"{cell:>24}" for cell in cells))
         if len(values) > 1:
             spread = np.nanstd(np.nanmean(values, axis=1), axis=0, ddof=1)
-            print(f"{'  SD over seeds':22}" + "".join(f"{sd:>24.3f}" for sd in spread))
+            print(f"{'  SD over seeds':26}" + "".join(f"{sd:>24.3f}" for sd in spread))
 
 
 def parser(text: str | None) -> argparse.ArgumentParser:
