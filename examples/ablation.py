@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import wilcoxon
+from scipy.stats import sem, wilcoxon
 
 from synthlong.case import Case
 from synthlong.dataset.shards import subjects_of
@@ -197,11 +197,9 @@ def show(rows: dict[str, NDArray[np.float64]]) -> None:
     baseline = np.nanmean(next(iter(rows.values())), axis=0)
     for name, values in rows.items():
         patients = np.nanmean(values, axis=0)
-        count = (~np.isnan(patients)).sum(axis=0)
-        deviation = np.nansum((patients - np.nanmean(patients, axis=0)) ** 2, axis=0)
-        sem = np.sqrt(deviation / np.where(count > 1, count * (count - 1), np.nan))
+        errors = sem(patients, nan_policy="omit")
         cells = []
-        for n, (mean, error) in enumerate(zip(np.nanmean(patients, axis=0), sem, strict=True)):
+        for n, (mean, error) in enumerate(zip(np.nanmean(patients, axis=0), errors, strict=True)):
             known = ~np.isnan(patients[:, n] + baseline[:, n])
             change = (patients - baseline)[known, n]
             p = f" p {wilcoxon(change).pvalue:.2f}" if change.any() else ""
@@ -239,12 +237,13 @@ def scale_of(options: argparse.Namespace, seed: int) -> Scale:
 
 def main() -> None:
     options = parser(__doc__).parse_args()
+    parts = list(splits(options))
     rows = {}
     for method in METHODS:
         seeds = []
         for seed in range(options.seeds):
             scores: list[NDArray[np.float64]] = []
-            for name, training, held_out in splits(options):
+            for name, training, held_out in parts:
                 weights = scale_of(options, seed).train(method, training, name)
                 scores += [score(weights, pair) for pair in held_out]
             seeds.append(scores)

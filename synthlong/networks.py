@@ -93,7 +93,7 @@ class _GroupNorm(torch.autograd.Function):
         (n, channels), (groups, voxels) = x.shape[:2], (mean.shape[1], x[0, 0].numel())
         many = math.gcd(voxels, 512 // channels or 1)  # voxels to a row: sums over short rows are slow
         rows = (n, voxels // many, many * channels)
-        xs, dys = (t.movedim(1, -1).reshape(rows) for t in (x, dy.to(x.dtype)))
+        xs, dys = (t.movedim(1, -1).reshape(rows) for t in (x, dy))
         pairs = zip(xs, dys, strict=True)  # one by one, to stay in the cache
         sums = torch.stack([torch.stack([t.sum(dim=0, dtype=torch.float32) for t in (b, a * b)]) for a, b in pairs])
         of_dy, of_x_dy = sums.view(n, 2, many, groups, -1).sum(dim=2).unbind(dim=1)
