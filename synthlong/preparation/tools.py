@@ -134,11 +134,21 @@ def brain_mask(scan: NDArray, grid: Grid, *, mode: str = "fast", device: str = "
     # HD-BET takes SimpleITK's arrays: slices from below upwards, rows from front to back, columns from right to left
     seen = np.ascontiguousarray(upright[::-1, ::-1].T)
     chosen = "cpu" if torch.device(device).type == "cpu" else torch.device(device).index or 0
-    with redirect_stdout(StringIO()), torch.random.fork_rng(devices=()), one_thread():
+    with redirect_stdout(StringIO()), torch.random.fork_rng(devices=()), one_thread(), _no_denormals():
         spacing = (_BET_SPACING_MM,) * 3
         _, found = hd_bet(seen, spacing, mode=mode, device=chosen, postprocess=True, do_tta=mode == "accurate")
     brain = (found.T[::-1, ::-1] > 0).astype(np.float32)
     return resample(brain, grid.step_to(around), grid.shape, order=1) > 0.5
+
+
+@contextmanager
+def _no_denormals() -> Iterator[None]:
+    """Let torch take numbers below 1e-38 for 0: HD-BET makes many, and on Intel's processors each takes ages."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def denoise(scan: NDArray, brain: NDArray[np.bool_], grid: Grid) -> NDArray[np.float32]:
