@@ -4,9 +4,11 @@ import os
 
 import numpy as np
 import pytest
+import torch
 
+from synthlong.preparation import tools
 from synthlong.preparation.registration import Image, register
-from synthlong.preparation.tools import correct_bias, denoise, unheard
+from synthlong.preparation.tools import brain_mask, correct_bias, denoise, unheard
 from synthlong.resampling import Grid
 
 
@@ -19,6 +21,20 @@ def phantom():
     )
     radius = np.sqrt(i**2 + j**2 + k**2)
     return np.where(radius < 10, 120.0, np.where(radius < 19, 100.0, 0)).astype(np.float32), radius < 19, grid
+
+
+def test_hd_bet_meets_no_denormals(phantom, monkeypatch):
+    tiny, met = torch.tensor(2e-38), []
+
+    def hd_bet(scan, *_, **__):
+        met.append((tiny / 4).item())
+        return scan, np.ones(scan.shape)
+
+    monkeypatch.setattr(tools, "load_hd_bet", lambda: hd_bet)
+    truth, _, grid = phantom
+    assert brain_mask(truth, grid).all()
+    assert met == [0]
+    assert (tiny / 4).item() > 0
 
 
 def test_noise_goes_and_edges_stay(phantom):
