@@ -54,10 +54,12 @@ PAIRS: dict[str, object] = {
 """As prepared visits are: new lesions fainter than those that were there, slices of 3 mm that cut the cortex elsewhere,
 a little off each other, other fluid. Artifacts of preset "kamraoui" would leave stripes and nothing else in many."""
 
-SHARED: dict[str, object] = {"folds": 7, "learning_rate": 1e-3, "loss": "bce+dice", "checkpoint_every": 50}
-CONCAT = {**SHARED, "batch": 8, "side": 32, "steps": 8000, "report_every": 400, "validation_patches": 192}
+SHARED: dict[str, object] = {"learning_rate": 1e-3, "loss": "bce+dice", "checkpoint_every": 50}
+CONCAT = {**SHARED, "folds": 1, "batch": 8, "side": 32, "steps": 5000, "report_every": 500}
 CONCAT |= {"mining": False, "positive_share": 0.4}
-STAGE = {**SHARED, "batch": 4, "side": 48, "report_every": 200, "schedule": "cosine"}
+"""All patients are learned from, and the last weights kept: one patient held out would be too few to choose by."""
+
+STAGE = {**SHARED, "folds": 7, "batch": 4, "side": 48, "report_every": 200, "schedule": "cosine"}
 SEGMENT = {**STAGE, "steps": 2400, "validation_patches": 32}
 SIAMESE = {**STAGE, "steps": 2400, "validation_patches": 48, "trainable": "all"}
 
@@ -68,17 +70,17 @@ RAISED = 0.1
 """Of the brain's mode: what changed and is brighter than its surroundings by that much is a lesion at this visit."""
 
 
-def run(*words: object) -> None:
-    """Print a command and run it."""
+def run(work: Path, *words: object) -> None:
+    """Print a command and run it in a folder."""
     command = ["synthlong", *(str(word) for word in words)]
     print("$", shlex.join(command), flush=True)
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, cwd=work)
 
 
 def train(work: Path, name: str, stage: str, *words: object) -> None:
     """Train; what was finished stays."""
-    out, config = work / f"{name}.safetensors", work / f"{name}.toml"
-    run("train", stage, *words, "-o", out, "--config", config, "--threads", 1, "--licence", LICENCE)
+    out, config = f"{name}.safetensors", f"{name}.toml"
+    run(work, "train", stage, *words, "-o", out, "--config", config, "--threads", 1, "--licence", LICENCE)
 
 
 def bright_spots(flair: Path) -> np.ndarray:
@@ -105,31 +107,30 @@ def raised_changes(flair: Path, changes: Path) -> np.ndarray:
     return found
 
 
-def write_cases(data: Path, work: Path) -> Path:
+def write_cases(data: Path, work: Path) -> None:
     """Prepare the raw scans, mark their lesions, and list all cases."""
-    listing = []
+    folder, listing = data / "open_ms" / "longitudinal", []
     for name in UNMASKED:
-        stem, subject = data / "open_ms" / "longitudinal" / name, name[:8]
-        files = {"flair": stem.with_name(f"{name}_FLAIR.nii.gz")}
-        files |= {"new_lesions": stem.with_name(f"{subject}_space-common_desc-change_mask.nii.gz")}
-        files |= {"new_lesions_xfm": stem.with_name(f"{name}_from-FLAIR_to-common_xfm.txt")}
-        listing.append({"subject": subject[4:], "session": name[-1], **files})
+        changes, way = f"{name[:8]}_space-common_desc-change_mask.nii.gz", f"{name}_from-FLAIR_to-common_xfm.txt"
+        files = {
+            "flair": folder / f"{name}_FLAIR.nii.gz",
+            "new_lesions": folder / changes,
+            "new_lesions_xfm": folder / way,
+        }
+        listing.append({"subject": name[4:8], "session": name[-1], **files})
     write_csv(work / "raw.csv", listing)
-    run("prepare", work / "raw.csv", "-o", work / "prepared")
+    run(work, "prepare", "raw.csv", "-o", "prepared")
     cases = []
     for stem in MASKED:
         subject, _, session = Path(stem).name.partition("_ses-")
         flair, mask = (data / f"{stem}_{kind}.nii.gz" for kind in ("FLAIR", "desc-lesions_mask"))
         cases.append({"subject": subject[4:8], "session": session, "flair": flair, "mask": mask})
     for name in UNMASKED:
-        flair, changes = (
-            work / "prepared" / f"{name}_space-MNI152_{what}.nii.gz" for what in ("FLAIR", "desc-newlesions_mask")
-        )
-        mask = work / f"{name}_desc-lesions_mask.nii.gz"
-        write_nifti(mask, bright_spots(flair) | raised_changes(flair, changes), read_nifti(flair).affine)
+        prepared, mask = work / "prepared" / f"{name}_space-MNI152", work / f"{name}_desc-lesions_mask.nii.gz"
+        flair, changed = (Path(f"{prepared}_{what}.nii.gz") for what in ("FLAIR", "desc-newlesions_mask"))
+        write_nifti(mask, bright_spots(flair) | raised_changes(flair, changed), read_nifti(flair).affine)
         cases.append({"subject": name[4:8], "session": name[-1], "flair": flair, "mask": mask})
     write_csv(work / "cases.csv", cases)
-    return work / "cases.csv"
 
 
 def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
@@ -149,17 +150,16 @@ def main() -> None:
     options = parser.parse_args()
     work = options.out.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    cases = write_cases(options.data.resolve(), work)
+    write_cases(options.data.resolve(), work)
     made = PAIRS | {"painter": options.painter, "artifacts": options.artifacts}
     stage_one = SEGMENT | {"artifacts": options.artifacts}
     for name, config in (("pairs", made), ("concat", CONCAT), ("segment", stage_one), ("siamese", SIAMESE)):
         (work / f"{name}.toml").write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in config.items()))
-    pairs = work / "pairs"
-    run("generate", cases, "-o", pairs, "--pairs", 5000, "--seed", 5, "--config", work / "pairs.toml")
+    run(work, "generate", "cases.csv", "-o", "pairs", "--pairs", 5000, "--seed", 5, "--config", "pairs.toml")
     with ThreadPoolExecutor() as both:
-        concat = both.submit(train, work, "concat", "ohem", pairs)
-        train(work, "segment", "segment", cases)
-        train(work, "siamese", "pretrain", pairs, "--encoder", work / "segment.safetensors")
+        concat = both.submit(train, work, "concat", "ohem", "pairs")
+        train(work, "segment", "segment", "cases.csv")
+        train(work, "siamese", "pretrain", "pairs", "--encoder", "segment.safetensors")
     concat.result()
 
 
