@@ -25,6 +25,7 @@ def detect(
     weights: list[Path] = typer.Option([], help="Network; several are averaged.  [default: the shipped one]"),
     threshold: float = typer.Option(0.5, min=0, max=1, help="New is where the probability is higher."),
     min_volume: float = typer.Option(3.0, min=0, help="Lesions of this volume in mm3 or less are left out."),
+    window: int = typer.Option(None, min=1, help="Side of the windows the networks see.  [default: the weights' own]"),
     mirror: bool = typer.Option(True, help="Average with what is found in the mirror image: twice the time."),
     probability: Path = typer.Option(None, help="Map of probabilities to write, NIfTI."),
     picture: Path = typer.Option(None, help="Picture to write, .png: a row per lesion, the 20 largest."),
@@ -62,6 +63,7 @@ def detect(
     check_device(device)
     paths = weights or [inference.shipped_detector()]
     networks = inference.read_detectors(paths)
+    window = inference.window_of(networks, window)
     if threads:
         torch.set_num_threads(threads)
     with progress_bar() as show:
@@ -81,6 +83,7 @@ def detect(
             networks,
             threshold=threshold,
             min_volume_mm3=min_volume,
+            window=window,
             mirrored=mirror,
             precision=precision.value,
             device=device,
@@ -90,6 +93,7 @@ def detect(
         "weights": [{"file": path.name, "sha256": sha256_of(path)} for path in paths],
         "threshold": threshold,
         "min_volume_mm3": min_volume,
+        "window": window,
         "mirrored": mirror,
         "precision": precision.value,
     }

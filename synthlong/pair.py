@@ -3,9 +3,9 @@
     Case, Recipe -> render -> Pair
 
 Each visit starts from the healthy brain and gets back the lesions that it has: a real one from the scan's own
-voxels, a synthetic one from the painter; then fluid may become brighter in places and the baseline be translated by
-what a registration leaves; both are turned, and last each goes through its own acquisition. No randomness: the same
-case and recipe give the same pair.
+voxels, a synthetic one from the painter; then fluid may become brighter in places, the baseline be translated by what
+a registration leaves, and each get a gray scale of its own; both are turned, and last each goes through its own
+acquisition. No randomness: the same case and recipe give the same pair.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from synthlong.inpainting import crop
 from synthlong.lesions import LesionBank, LesionMap, core, read_bank
 from synthlong.placement import allowed_of, site_mask
 from synthlong.profile import Profile
+from synthlong.protocol import toned
 from synthlong.recipe import LesionEvent, Orientation, Recipe, lesions_of
 from synthlong.resampling import SHIFT_REACH, shifted
 from synthlong.tissue import GRAY
@@ -87,7 +88,7 @@ def render(
     """Render a pair.
 
     Away from lesions that change (more than `hole.REACH` voxels) both visits are equal bit for bit before artifacts,
-    flow and offset. The masks lie where the follow-up's lesions do.
+    flow, offset and gray scales. The masks lie where the follow-up's lesions do.
 
     Args:
         case: The recipe's case, with its healthy volume.
@@ -148,6 +149,7 @@ def render(
     (first, last), evolution = scene.visits, scene.evolution
     if any(recipe.offset_mm):
         first = shifted(first, recipe.offset_mm)
+    first, last = (toned(visit, tone) for visit, tone in zip((first, last), recipe.tones, strict=True))
     return Pair(
         baseline=finish_visit(first, artifacts.baseline),
         followup=finish_visit(last, artifacts.followup),

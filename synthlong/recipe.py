@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +25,7 @@ from synthlong.hole import grown_box
 from synthlong.lesions import SMALLEST_EVENT_MM3, LesionBank, LesionMap, core, find_lesions, grown, read_bank
 from synthlong.placement import PlacementMap, Site, allowed_of, draw_site, find_placements
 from synthlong.profile import Profile, draw_profile, profiles_in, typical
+from synthlong.protocol import AS_IT_IS, Tone, toned
 from synthlong.synthesis import SynthesisConfig
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ _PLACEMENT_TRIES = 20
 _FEWEST_PROFILES = 8
 _FARTHEST_MM = 0.9
 _BRIGHTER = (0.1, 0.8)
+_GRAYS = 2000
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,7 @@ class Recipe:
         painter: Of the synthetic lesions; see `SynthesisConfig`. Its shapes are those that the sites count.
         artifacts: Acquisition artifacts of each visit.
         flow: Seed of each visit's bright fluid and how much brighter it is at most; 0: it has none. See `flow`.
+        tones: Gray scale of each visit; see `protocol`.
         offset_mm: Translation of the baseline against the follow-up and the masks, along the case's axes; below 1.
         version: Of this format.
     """
@@ -197,6 +200,7 @@ class Recipe:
     painter: str = "network"
     artifacts: Artifacts = Artifacts()
     flow: tuple[tuple[int, float], tuple[int, float]] = ((0, 0.0), (0, 0.0))
+    tones: tuple[Tone, Tone] = (AS_IT_IS, AS_IT_IS)
     offset_mm: tuple[float, float, float] = (0.0, 0.0, 0.0)
     version: int = field(default=VERSION)
 
@@ -222,6 +226,7 @@ class Recipe:
             "painter": self.painter,
             "orientation": {"axes": list(self.orientation.axes), "flips": list(self.orientation.flips)},
             "scaling": [list(s) for s in self.scaling],
+            "tones": [list(t) for t in self.tones],
             "version": self.version,
         }
         return json.dumps(plain, sort_keys=True, separators=(",", ":"))
@@ -241,6 +246,7 @@ class Recipe:
             (mean0, sd0), (mean1, sd1) = plain["scaling"]
             x, y, z = plain.get("offset_mm", (0.0, 0.0, 0.0))
             (seed0, bright0), (seed1, bright1) = plain.get("flow", ((0, 0.0), (0, 0.0)))
+            (contrast0, gamma0), (contrast1, gamma1) = plain.get("tones", (AS_IT_IS, AS_IT_IS))
             return cls(
                 case_id=plain["case"],
                 box=Box((box["start"][0], box["start"][1], box["start"][2]), box["size"], box["placed"]),
@@ -253,6 +259,7 @@ class Recipe:
                 painter=plain["painter"],
                 artifacts=Artifacts.from_dict(plain["artifacts"]),
                 flow=((seed0, bright0), (seed1, bright1)),
+                tones=((contrast0, gamma0), (contrast1, gamma1)),
                 offset_mm=(x, y, z),
                 version=plain["version"],
             )
@@ -310,12 +317,11 @@ def draw_recipe(case: Case, config: SynthesisConfig, rng: np.random.Generator) -
     for event, placed in _draw_synthetic(rng, config, case, bank, wanted):
         events.append(event)
         masks.append(placed)
-    return Recipe(
+    recipe = Recipe(
         case_id=case.id,
         box=_draw_box(rng, config, case, lesions, events, masks),
         events=tuple(events),
         orientation=draw_orientation(rng, config.orientations),
-        scaling=scaling_of(case),
         origin_mm=(float(case.affine[0, 3]), float(case.affine[1, 3]), float(case.affine[2, 3])),
         max_event_mm3=float(config.max_event_mm3),
         margin=config.margin,
@@ -323,7 +329,9 @@ def draw_recipe(case: Case, config: SynthesisConfig, rng: np.random.Generator) -
         artifacts=_draw_artifacts(rng, config),
         offset_mm=_draw_offset(rng, config),
         flow=(_draw_flow(rng, config), _draw_flow(rng, config)),
+        tones=(_draw_tone(rng, config), _draw_tone(rng, config)),
     )
+    return replace(recipe, scaling=(scaling_of(case, recipe.tones[0]), scaling_of(case, recipe.tones[1])))
 
 
 _Placed = tuple[NDArray[np.bool_], tuple[slice, ...]]
@@ -464,12 +472,24 @@ def bounds_of(case: Case) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     return case.derived["bounds"]
 
 
-def scaling_of(case: Case) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Return mean and SD of the whole scan, for both visits; the few lesion voxels do not move them."""
-    if "scaling" not in case.derived:
-        mean, sd = float(case.flair.mean(dtype=np.float64)), float(case.flair.std(dtype=np.float64))
-        case.derived["scaling"] = (float(f"{mean:.6g}"), float(f"{sd:.6g}"))
-    return case.derived["scaling"], case.derived["scaling"]
+def scaling_of(case: Case, tone: Tone = AS_IT_IS) -> tuple[float, float]:
+    """Return mean and SD of the whole scan in a gray scale; the few lesion voxels do not move them."""
+    grays, share = grays_of(case)
+    shown = toned(grays, tone).astype(np.float64)
+    mean = float(shown @ share)
+    sd = float(np.sqrt((shown - mean) ** 2 @ share + mean**2 * (1 - share.sum())))  # the rest is background
+    return float(f"{mean:.6g}"), float(f"{sd:.6g}")
+
+
+def grays_of(case: Case) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Return the scan's intensities above 0 in narrow bins, and the share of all voxels in each, worked out once."""
+    if "grays" not in case.derived:
+        brain = case.flair[case.flair > 0]
+        counts, edges = np.histogram(brain, _GRAYS)
+        total, _ = np.histogram(brain, edges, weights=brain.astype(np.float64))
+        full = counts > 0
+        case.derived["grays"] = (total[full] / counts[full]).astype(np.float32), counts[full] / case.flair.size
+    return case.derived["grays"]
 
 
 def draw_orientation(rng: np.random.Generator, among: str) -> Orientation:
@@ -506,6 +526,14 @@ def _draw_flow(rng: np.random.Generator, config: SynthesisConfig) -> tuple[int, 
     if not config.flow_share or rng.random() >= config.flow_share:
         return 0, 0.0
     return int(rng.integers(2**31)), round(float(rng.uniform(*_BRIGHTER)), 3)
+
+
+def _draw_tone(rng: np.random.Generator, config: SynthesisConfig) -> Tone:
+    """Draw the gray scale of a visit."""
+    if not config.protocol_spread:
+        return AS_IT_IS
+    contrast, gamma = np.exp(rng.uniform(-config.protocol_spread, config.protocol_spread, 2)).round(4)
+    return float(contrast), float(gamma)
 
 
 @lru_cache(maxsize=4)

@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from synthlong.protocol import toned
+
 __all__ = ["MOST_DRAWS", "Sample", "Variation", "draw_orientation", "draw_variation", "vary"]
 
 
@@ -69,8 +71,7 @@ def draw_variation(rng: np.random.Generator) -> Variation:
 def vary(x: NDArray[np.float32], look: Variation) -> NDArray[np.float32]:
     """Return a patch with another appearance; background (0) stays 0, intensities stay above 0."""
     brain = x > 0
-    y = np.maximum(1 + look.contrast * (np.power(x, np.float32(look.gamma)) - 1), 0.01) * look.gain
-    y = np.where(brain, y, 0).astype(np.float32)
+    y = (toned(x, (look.contrast, look.gamma)) * look.gain).astype(np.float32)
     if any(look.blur):
         y = ndimage.gaussian_filter(y, look.blur, truncate=3) * brain
     if look.noise_sd:

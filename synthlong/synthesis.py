@@ -40,6 +40,8 @@ class SynthesisConfig(Options):
             most 0.9 mm, not turned. The masks stay with the follow-up.
         flow_share: Probability, for each visit, that its CSF and the outermost voxels of its brain are brighter in
             places: flow artifacts, and meninges that skull stripping left.
+        protocol_spread: Each visit's own gray scale, as other scanners have: the logarithms of its contrast and gamma
+            lie anywhere from minus to plus this; see `protocol`.
         artifacts: Each visit's own: "mild", "kamraoui" or "clinical" (presets of `artifacts.RandomAcquisition`),
             "none", or "before_editing": those of "kamraoui", on the scan before its lesions are edited, as in Kamraoui
             et al.
@@ -78,6 +80,7 @@ class SynthesisConfig(Options):
     margin: int = 5
     registration_sd_mm: float = 0.0
     flow_share: float = 0.0
+    protocol_spread: float = 0.0
     artifacts: Literal["mild", "kamraoui", "clinical", "none", "before_editing"] = "mild"
     orientations: Literal["all", "mirror", "none"] = "all"
     prior: str | None = None
@@ -105,6 +108,7 @@ class SynthesisConfig(Options):
         self.check(("core_share",), lambda v: _rising(v, 0.05, 0.95), "two numbers in [0.05, 0.95], rising")
         self.check(("contrast",), lambda v: _rising(v, 0.05, 3), "two numbers in [0.05, 3], rising")
         self.check(("registration_sd_mm",), lambda v: 0 <= v <= 0.4, "in [0, 0.4] mm")
+        self.check(("protocol_spread",), lambda v: 0 <= v <= 0.5, "in [0, 0.5]")
         artifacts = ("mild", "kamraoui", "clinical", "none", "before_editing")
         self.check(("artifacts",), lambda v: v in artifacts, "mild, kamraoui, clinical, none or before_editing")
         self.check(("orientations",), lambda v: v in ("all", "mirror", "none"), "all, mirror or none")

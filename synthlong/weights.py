@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from synthlong.detection.networks import ConcatUNet, SegmentationUNet, SiameseUNet
+from synthlong.detection.networks import ConcatUNet, LongitudinalUNet, SegmentationUNet, SiameseUNet
 from synthlong.errors import InputError
 from synthlong.networks import UNet, UNetConfig, infer
 
@@ -85,7 +85,9 @@ def write_weights(path: Path, network: UNet, *, task: str, card: dict[str, Any])
     from synthlong.dataset.shards import publish
 
     tensors = {name: t.detach().cpu().float().contiguous() for name, t in network.state_dict().items()}
-    about = {"format": _FORMATS[task], "task": task, "network": network.config.as_dict()}
+    about: dict[str, Any] = {"format": _FORMATS[task], "task": task, "network": network.config.as_dict()}
+    if isinstance(network, LongitudinalUNet):
+        about["window"] = network.window
     # one metadata key: with several, safetensors' hash order changes the bytes at every save
     data = save(tensors, metadata={_KEY: json.dumps(about, sort_keys=True)})
     sha256 = hashlib.sha256(data).hexdigest()
@@ -127,6 +129,10 @@ def read_weights(path: Path, *, task: str | tuple[str, ...]) -> tuple[UNet, str]
             raise ValueError(f"format {made}")
         with torch.random.fork_rng(devices=()):  # its first weights are drawn, only to be replaced
             network = _NETWORKS[found](config)
+        if isinstance(network, LongitudinalUNet) and "window" in about:
+            network.window = int(about["window"])
+            if network.window < 1 or network.window % config.multiple:
+                raise ValueError(f"window {network.window}")
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(path, f"not synthlong weights ({type(error).__name__})", way) from error
     if found not in tasks:

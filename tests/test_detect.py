@@ -128,7 +128,7 @@ def test_a_prepared_pair_as_it_is(small_case, pair, call, difference, tmp_path):
     assert told["prepared"] is None
     assert (told["new_lesions"], told["volume_mm3"]) == (3, volume)
     assert told["weights"] == [{"file": difference.name, "sha256": sha256_of(difference)}]
-    assert (told["threshold"], told["min_volume_mm3"], told["mirrored"]) == (0.5, 3.0, True)
+    assert (told["threshold"], told["min_volume_mm3"], told["window"], told["mirrored"]) == (0.5, 3.0, 32, True)
     assert told["followup"]["file"] == "sub-7_ses-2_space-MNI152_FLAIR.nii.gz"
     assert told["followup"]["sha256"] == sha256_of(pair[1])
     assert told["followup"]["figures"] == {"agreement": 0.93}
@@ -175,6 +175,8 @@ def test_limits(small_case, call, tmp_path):
     sizes = sorted(int(volume) for volume, _ in listed(small_case.lesions, small_case.affine))
     assert call("--min-volume", sizes[0])[1] == f"mask.nii.gz: 2 new lesions, {sum(sizes[1:])} mm3\n"
     assert call("--min-volume", sizes[1])[1] == f"mask.nii.gz: 1 new lesion, {sizes[2]} mm3\n"
+    assert call("--window", "24")[0] == 0
+    assert json.loads((tmp_path / "mask.json").read_text())["window"] == 24
     assert call("--threshold", "0.9999999")[1] == "mask.nii.gz: no new lesion\n"
     assert json.loads((tmp_path / "mask.json").read_text())["lesions"] == []
 

@@ -1,3 +1,4 @@
+import copy
 import json
 from dataclasses import replace
 from itertools import product
@@ -115,6 +116,16 @@ def test_mirrored_is_the_mean_with_what_the_mirror_image_gives(kind, networks, v
     plain, other = slide([networks[kind]], cut), slide([networks[kind]], flipped)[::-1]
     assert np.abs(plain - other).max() > 1e-3
     np.testing.assert_allclose(slide([networks[kind]], cut, mirrored=True), (plain + other) / 2, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_windows_are_as_wide_as_the_weights_say(kind, networks, visits, monkeypatch):
+    alike = networks[kind], copy.deepcopy(networks[kind])
+    monkeypatch.setattr(alike[1], "window", 20)
+    monkeypatch.setattr(alike[0], "window", 12)
+    for which, window in ((alike[:1], 12), (alike[1:], 20), (alike, 20)):
+        found = slide(which, visits, window=None, stride=None)
+        assert np.array_equal(found, slide(which, visits, window=window, stride=window * 3 // 4))
 
 
 def windows_of(network, visits):
@@ -250,7 +261,6 @@ def cases(small_case):
 @pytest.mark.parametrize("kind", KINDS)
 def test_detect_looks_at_what_is_brain_in_both_visits(kind, cases, networks, monkeypatch):
     monkeypatch.setattr(kind, "window", 16)
-    monkeypatch.setattr(kind, "stride", 12)
     baseline, followup = cases
     found = detect(baseline, followup, [networks[kind]], precision="float32")
     assert found.mask.shape == baseline.shape

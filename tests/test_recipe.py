@@ -299,6 +299,7 @@ BAD = {
     ],
     "contrast": [(0.04, 1), (1, 3.1), (1, 0.5), (1,), 1.0],
     "flow_share": [-0.1, 1.1, True],
+    "protocol_spread": [-0.1, 0.6, True],
     "registration_sd_mm": [-0.1, 0.41, float("nan"), True],
     "volume_median_mm3": [3.9, 3001, float("nan")],
     "volume_log_sd": [-0.1, 3.1],

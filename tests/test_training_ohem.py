@@ -87,6 +87,7 @@ def test_share_of_positive_patches():
         ({"momentum": 1.0}, "momentum"),
         ({"batch": 64, "candidates": 32}, "at most the candidates"),
         ({"side": 30}, "multiple of 4"),
+        ({"window": 30}, "multiple of 4"),
         ({"loss": "mse"}, "loss"),
         ({"widths": (10,)}, "multiples of 8"),
         ({"devices": 3}, "multiple of the 3 processes"),
@@ -146,6 +147,13 @@ def test_it_learns_and_keeps_the_best(run, tmp_path):
     assert OhemConfig.from_dict(card["train"]) == config
     assert not set(card["patients"]) & set(card["held_out"])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["w.json", "w.safetensors"]
+
+
+def test_the_weights_say_how_wide_windows_are(run, tmp_path):
+    for window in (32, 48):
+        out = tmp_path / f"{window}.safetensors"
+        train(run, out, replace(CONFIG, steps=1, window=window))
+        assert read_weights(out, task="concat")[0].window == window
 
 
 def test_fixed_oversampling_has_no_mining(run, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from training import SCALING, write_balls, write_scans
 from synthlong.dataset.shards import ShardDataset
 from synthlong.detection.networks import ConcatUNet
 from synthlong.errors import ConfigError, InputError, InputWarning
+from synthlong.protocol import toned
 from synthlong.recipe import Recipe, scaling_of
 from synthlong.training.patches import read_patches
 
@@ -74,9 +75,10 @@ def test_what_cannot_be_drawn_is_said(run, tmp_path):
 
 
 def test_the_recipe_carries_the_z_score_of_the_whole_visit(real_case):
-    (mean, sd), _ = scaling_of(real_case)
-    seen = ConcatUNet.normalised(real_case.flair)
-    assert np.abs((real_case.flair - mean) / sd - seen).max() < 1e-3
+    for tone in ((1.0, 1.0), (1.3, 0.8)):
+        mean, sd = scaling_of(real_case, tone)
+        visit = toned(real_case.flair, tone)
+        assert np.abs((visit - mean) / sd - ConcatUNet.normalised(visit)).max() < 1e-3
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load, save
 
 from synthlong import weights
+from synthlong.detection.networks import ConcatUNet
 from synthlong.errors import InputError
 from synthlong.networks import UNet, UNetConfig
 from synthlong.weights import read_weights, write_weights
@@ -50,6 +51,19 @@ def test_the_same_network_gives_the_same_bytes(stored, tmp_path):
         again = tmp_path / f"{n}.safetensors"
         write_weights(again, network(), task="inpainter", card={})
         assert again.read_bytes() == stored.read_bytes()
+
+
+def test_a_detector_keeps_its_windows(tmp_path):
+    detector, path = ConcatUNet(UNetConfig(in_channels=2, widths=(8, 16))), tmp_path / "w.safetensors"
+    detector.window = 48
+    write_weights(path, detector, task="concat", card={})
+    assert json.loads(path.with_suffix(".json").read_text())["window"] == 48
+    read, _ = read_weights(path, task="concat")
+    assert (read.window, read.stride) == (48, 36)
+    detector.window = 47
+    write_weights(path, detector, task="concat", card={})
+    with pytest.raises(InputError, match="not synthlong weights"):
+        read_weights(path, task="concat")
 
 
 def test_writing_leaves_nothing_else_behind(stored):

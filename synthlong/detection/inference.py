@@ -39,6 +39,7 @@ __all__ = [
     "probability_map",
     "read_detectors",
     "shipped_detector",
+    "window_of",
 ]
 
 DEFAULT_DETECTOR = ConcatUNet.task
@@ -103,6 +104,7 @@ def detect(
     *,
     threshold: float = 0.5,
     min_volume_mm3: float = 3.0,
+    window: int | None = None,
     mirrored: bool = True,
     precision: str = "auto",
     device: str = "cpu",
@@ -119,6 +121,7 @@ def detect(
         networks: One network, or an ensemble of one kind; see `read_detectors`.
         threshold: A voxel belongs to a new lesion where the probability is higher.
         min_volume_mm3: Lesions of this volume or less are dropped; 0 keeps all.
+        window: See `probability_map`.
         mirrored: See `probability_map`; twice the time, and a little better on real pairs.
         precision: See `probability_map`.
         device: Torch device.
@@ -143,6 +146,7 @@ def detect(
         before,
         after,
         brain[box],
+        window=window,
         mirrored=mirrored,
         threshold=threshold,
         precision=precision,
@@ -174,6 +178,19 @@ def shipped_detector() -> Path:
     return Path(synthlong.__file__).parent / "assets" / f"{DEFAULT_DETECTOR}.safetensors"
 
 
+def window_of(networks: Sequence[LongitudinalUNet], window: int | None = None) -> int:
+    """Return the side of the windows that networks see: the largest that their weights say, or the one asked for.
+
+    Raises:
+        ConfigError: One that a network cannot see.
+    """
+    window = window or max(network.window for network in networks)
+    multiple = max(network.config.multiple for network in networks)
+    if window < 1 or window % multiple:
+        raise ConfigError(f"window = {window}: must be a multiple of {multiple}")
+    return window
+
+
 def probability_map(
     networks: Sequence[LongitudinalUNet],
     baseline: NDArray[np.float32],
@@ -200,8 +217,8 @@ def probability_map(
         baseline: `(I, J, K)`, in the intensities of `networks[0].normalised`.
         followup: The same for the second visit.
         brain: Non-zero in the brain.
-        window: Side in voxels, a multiple of the networks' `config.multiple`; default: what they were made for.
-        stride: Voxels from a window to the next, at most `window`; default: what they were made for.
+        window: Side in voxels, see `window_of`.
+        stride: Voxels from a window to the next, at most `window`; default: three quarters of it.
         mirrored: Show the networks each window's left-right mirror image, too, and average.
         threshold: Where the map will be cut; matters to precision "auto" only.
         precision: "float32"; "bf16"; or "auto": where device and network do well with bf16, it finds the voxels that
@@ -213,12 +230,10 @@ def probability_map(
         ConfigError: An option outside its range, or networks of different kinds.
     """
     first = _check_alike(networks)
-    window, stride = window or first.window, stride or first.stride
-    multiple = max(network.config.multiple for network in networks)
-    if window < 1 or window % multiple or not 1 <= stride <= window:
-        raise ConfigError(
-            f"window = {window}, stride = {stride}: must be a multiple of {multiple}, and from 1 to window"
-        )
+    window = window_of(networks, window)
+    stride = stride or window * 3 // 4
+    if not 1 <= stride <= window:
+        raise ConfigError(f"stride = {stride}: must be from 1 to the window's {window}")
     if precision not in ("auto", "bf16", "float32"):
         raise ConfigError(f"precision = {precision!a}: must be auto, bf16 or float32")
     check_device(device)

@@ -54,6 +54,7 @@ class OhemConfig(TrainingConfig):
         positive_share: Share of the candidates with a new lesion; without mining, the probability of each patch.
         widths: Feature channels of each level of the network.
         learning_rate: Of Adam; a tenth after half of the steps, a hundredth after 80 %.
+        window: Side of the windows in which `detect` shows the network a brain; kept with the weights.
         ranking: Error of a patch that ranks it: "bce", "dice" or "bce+dice".
         mining_precision: Of the errors that rank.
         validation_patches: Patches of the patients held out, as many of them positive as among 128 candidates.
@@ -70,6 +71,7 @@ class OhemConfig(TrainingConfig):
     candidates: int = 128
     positive_share: float = 0.3
     widths: tuple[int, ...] = (16, 32, 64)
+    window: int = 32
     ranking: str = "bce"
     mining_precision: str = "auto"
 
@@ -84,7 +86,9 @@ class OhemConfig(TrainingConfig):
         self.check(("batch",), lambda v: not self.mining or v <= self.candidates, "at most the candidates")
         self.check(("candidates",), lambda v: not v % self.ranks, f"a multiple of the {self.ranks} processes")
         try:
-            self.check_side(self.network.multiple)
+            multiple = self.network.multiple
+            self.check_side(multiple)
+            self.check(("window",), lambda v: v >= 1 and not v % multiple, f"a multiple of {multiple}")
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
@@ -153,6 +157,7 @@ class Ohem(Training):
     ) -> None:
         with seeded_weights(config.seed):
             network = ConcatUNet(config.network)
+        network.window = config.window
         super().__init__(config, network, **options)
         self._training, self._held_out, self._readers = training, held_out, readers
         self.average = copy.deepcopy(network).requires_grad_(False)
