@@ -76,10 +76,9 @@ def trained(kind: type[LongitudinalUNet], case: Case) -> LongitudinalUNet:
 
 def of_monai(network: LongitudinalUNet, before: NDArray, after: NDArray, brain: NDArray) -> NDArray:
     both = torch.from_numpy(np.stack([before, after]))[None]
-    overlap = 1 - network.stride / network.window
     with torch.inference_mode():
         found = sliding_window_inference(
-            both, network.window, 4, lambda x: network(*x.split(1, dim=1)).sigmoid(), overlap=overlap
+            both, network.window, 4, lambda x: network(*x.split(1, dim=1)).sigmoid(), overlap=0.25
         )
     return np.where(brain, found[0, 0].numpy(), 0)
 

@@ -70,16 +70,18 @@ def main() -> None:
     parser.add_argument("pairs", type=Path)
     parser.add_argument("--weights", nargs="+", default=[])
     parser.add_argument("--threshold", type=float, default=0.5)
+    parser.add_argument("--window", type=int, help="default: what the weights say")
     parser.add_argument("--precision", default="auto")
     arguments = parser.parse_args()
     detectors = {w: read_detectors([Path(p) for p in w.split("+")]) for w in arguments.weights}
+    options = {"threshold": arguments.threshold, "window": arguments.window, "precision": arguments.precision}
     print("pair,method,lesions,found," + ",".join(_SCORES))
     for subject, baseline, followup in read_pairs(arguments.pairs):
         lesions = ndimage.label(followup.lesions)[1]
         threshold, scores = subtracted(baseline, followup)
         results = {f"subtraction above {threshold:.3f}": (-1, scores)}
         for name, networks in detectors.items():
-            found = detect(baseline, followup, networks, threshold=arguments.threshold, precision=arguments.precision)
+            found = detect(baseline, followup, networks, **options)
             results[name] = (len(found.lesions), scored(followup, found.mask))
         for name, (count, scores) in results.items():
             values = ",".join("" if v is None else f"{v:.3f}" for v in map(scores.as_dict().get, _SCORES))

@@ -25,7 +25,9 @@ def detect(
     weights: list[Path] = typer.Option([], help="Network; several are averaged.  [default: the shipped one]"),
     threshold: float = typer.Option(0.5, min=0, max=1, help="New is where the probability is higher."),
     min_volume: float = typer.Option(3.0, min=0, help="Lesions of this volume in mm3 or less are left out."),
-    window: int = typer.Option(None, min=1, help="Side of the windows the networks see.  [default: the weights' own]"),
+    window: int = typer.Option(
+        None, min=1, help="Side of the windows the networks see.  [default: that of the weights]"
+    ),
     mirror: bool = typer.Option(True, help="Average with what is found in the mirror image: twice the time."),
     probability: Path = typer.Option(None, help="Map of probabilities to write, NIfTI."),
     picture: Path = typer.Option(None, help="Picture to write, .png: a row per lesion, the 20 largest."),

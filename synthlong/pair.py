@@ -149,7 +149,8 @@ def render(
     (first, last), evolution = scene.visits, scene.evolution
     if any(recipe.offset_mm):
         first = shifted(first, recipe.offset_mm)
-    first, last = (toned(visit, tone) for visit, tone in zip((first, last), recipe.tones, strict=True))
+    brain = case.brain[wide] > 0
+    first, last = (toned(v, tone, brain | (v > 0)) for v, tone in zip((first, last), recipe.tones, strict=True))
     return Pair(
         baseline=finish_visit(first, artifacts.baseline),
         followup=finish_visit(last, artifacts.followup),

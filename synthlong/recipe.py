@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Artifacts", "Box", "LesionEvent", "Orientation", "Recipe", "draw_orientation", "draw_recipe", "rng_of"]
 
-VERSION = 2
+VERSION = 3
 _PLACEMENT_TRIES = 20
 _FEWEST_PROFILES = 8
 _FARTHEST_MM = 0.9
@@ -474,22 +474,22 @@ def bounds_of(case: Case) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 def scaling_of(case: Case, tone: Tone = AS_IT_IS) -> tuple[float, float]:
     """Return mean and SD of the whole scan in a gray scale; the few lesion voxels do not move them."""
-    grays, share = grays_of(case)
+    grays, share = histogram_of(case)
     shown = toned(grays, tone).astype(np.float64)
     mean = float(shown @ share)
     sd = float(np.sqrt((shown - mean) ** 2 @ share + mean**2 * (1 - share.sum())))  # the rest is background
     return float(f"{mean:.6g}"), float(f"{sd:.6g}")
 
 
-def grays_of(case: Case) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+def histogram_of(case: Case) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """Return the scan's intensities above 0 in narrow bins, and the share of all voxels in each, worked out once."""
-    if "grays" not in case.derived:
+    if "histogram" not in case.derived:
         brain = case.flair[case.flair > 0]
         counts, edges = np.histogram(brain, _GRAYS)
         total, _ = np.histogram(brain, edges, weights=brain.astype(np.float64))
         full = counts > 0
-        case.derived["grays"] = (total[full] / counts[full]).astype(np.float32), counts[full] / case.flair.size
-    return case.derived["grays"]
+        case.derived["histogram"] = (total[full] / counts[full]).astype(np.float32), counts[full] / case.flair.size
+    return case.derived["histogram"]
 
 
 def draw_orientation(rng: np.random.Generator, among: str) -> Orientation:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from synthlong.detection.networks import ConcatUNet, LongitudinalUNet, SegmentationUNet, SiameseUNet
+from synthlong.detection.networks import ConcatUNet, LongitudinalUNet, SegmentationUNet, SiameseUNet, sees
 from synthlong.errors import InputError
 from synthlong.networks import UNet, UNetConfig, infer
 
@@ -131,7 +131,7 @@ def read_weights(path: Path, *, task: str | tuple[str, ...]) -> tuple[UNet, str]
             network = _NETWORKS[found](config)
         if isinstance(network, LongitudinalUNet) and "window" in about:
             network.window = int(about["window"])
-            if network.window < 1 or network.window % config.multiple:
+            if not sees(network.window, config):
                 raise ValueError(f"window {network.window}")
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(path, f"not synthlong weights ({type(error).__name__})", way) from error

@@ -123,9 +123,12 @@ def test_windows_are_as_wide_as_the_weights_say(kind, networks, visits, monkeypa
     alike = networks[kind], copy.deepcopy(networks[kind])
     monkeypatch.setattr(alike[1], "window", 20)
     monkeypatch.setattr(alike[0], "window", 12)
-    for which, window in ((alike[:1], 12), (alike[1:], 20), (alike, 20)):
-        found = slide(which, visits, window=None, stride=None)
-        assert np.array_equal(found, slide(which, visits, window=window, stride=window * 3 // 4))
+    for network, window in zip(alike, (12, 20), strict=True):
+        found = slide([network], visits, window=None, stride=None)
+        assert np.array_equal(found, slide([network], visits, window=window, stride=window * 3 // 4))
+    with pytest.raises(ConfigError, match="window: the weights are for windows of 12 and 20 voxels; choose one"):
+        slide(alike, visits, window=None, stride=None)
+    assert slide(alike, visits, window=16).any()
 
 
 def windows_of(network, visits):
@@ -208,7 +211,8 @@ def test_the_networks_stay_as_they_were(networks, visits):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"window": 15}, {"window": -16}, {"stride": 17}, {"precision": "half"}, {"device": "abacus"}]
+    "wrong",
+    [{"window": 15}, {"window": 0}, {"window": 1024}, {"stride": 17}, {"precision": "half"}, {"device": "abacus"}],
 )
 def test_options_out_of_range_are_refused(wrong, networks, visits):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
@@ -271,6 +275,10 @@ def test_detect_looks_at_what_is_brain_in_both_visits(kind, cases, networks, mon
     wanted = probability_map([networks[kind]], before, after, followup.brain[box], mirrored=True, precision="float32")
     assert np.array_equal(found.probability[box], wanted)
     assert found.mask.sum() == sum(lesion.voxels for lesion in found.lesions)
+    wide = detect(baseline, followup, [networks[kind]], precision="float32", window=20).probability
+    assert not np.array_equal(wide, found.probability)
+    options = {"window": 20, "mirrored": True, "precision": "float32"}
+    assert np.array_equal(wide[box], probability_map([networks[kind]], before, after, followup.brain[box], **options))
     bright = replace(baseline, flair=np.where(followup.brain, baseline.flair, 9).astype(np.float32))
     again = detect(bright, followup, [networks[kind]], precision="float32")
     assert np.array_equal(again.probability, found.probability)

@@ -75,6 +75,7 @@ steps = st.lists(
         artifacts=st.builds(Artifacts, steps, steps, st.booleans()),
         offset_mm=st.tuples(*[st.floats(-0.9, 0.9)] * 3),
         flow=st.tuples(*[st.tuples(st.integers(0, 2**31 - 1), st.floats(0, 0.8))] * 2),
+        tones=st.tuples(*[st.tuples(st.floats(0.6, 1.7), st.floats(0.6, 1.7))] * 2),
     )
 )
 def test_json_round_trip(recipe):
@@ -90,10 +91,12 @@ def test_drawn_recipes_round_trip(recipes):
         assert Recipe.from_json(recipe.to_json()) == recipe
 
 
-def test_a_recipe_from_before_offsets_and_flow_has_none(recipes):
-    older = json.loads(recipes[0].to_json()) | {"version": 1}
+def test_a_recipe_from_before_offsets_flow_and_tones_has_none(recipes):
+    older = json.loads(recipes[0].to_json()) | {"version": 2}
+    del older["tones"]
+    assert Recipe.from_json(json.dumps(older)) == replace(recipes[0], version=2)
     del older["offset_mm"], older["flow"]
-    assert Recipe.from_json(json.dumps(older)) == replace(recipes[0], version=1)
+    assert Recipe.from_json(json.dumps(older | {"version": 1})) == replace(recipes[0], version=1)
 
 
 @pytest.mark.parametrize("text", ["", "null", "[]", "{}", '{"version":1}', '{"version":"1"}', "\x00"])

@@ -12,7 +12,7 @@ from synthlong.pair import render
 from synthlong.recipe import draw_recipe, rng_of
 from synthlong.synthesis import SynthesisConfig
 
-CONFIG = SynthesisConfig(box=24, with_new_lesions=1.0, new_mean=4.0)
+CONFIG = SynthesisConfig(box=24, with_new_lesions=1.0, new_mean=4.0, protocol_spread=0.2)
 
 
 class Bright:

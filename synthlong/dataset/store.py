@@ -21,7 +21,7 @@ from synthlong.case import Case
 from synthlong.comparison import shapes_for
 from synthlong.lesions import LesionMap, read_bank
 from synthlong.placement import PlacementMap, allowed_of
-from synthlong.recipe import bounds_of, grays_of, lesions_of, placements_of, profiles_of
+from synthlong.recipe import bounds_of, histogram_of, lesions_of, placements_of, profiles_of
 from synthlong.synthesis import SynthesisConfig
 
 __all__ = ["open_case", "store_case", "stored_stamp"]
@@ -55,7 +55,7 @@ def store_case(folder: Path, case: Case, config: SynthesisConfig, *, stamp: dict
         "scan_sd": case.scan_sd,
         "sources": case.sources,
         "bounds": [side.tolist() for side in bounds_of(case)],
-        "grays": [part.tolist() for part in grays_of(case)],
+        "histogram": [part.tolist() for part in histogram_of(case)],
         "boxes": [[[s.start, s.stop] for s in box] for box in lesions.boxes],
         "stamp": stamp,
     }
@@ -116,8 +116,8 @@ def open_case(folder: Path, config: SynthesisConfig) -> Case:
     )
     first, last = plain["bounds"]
     case.derived["bounds"] = (np.array(first), np.array(last))
-    grays, share = plain["grays"]
-    case.derived["grays"] = np.array(grays, np.float32), np.array(share)
+    grays, share = plain["histogram"]
+    case.derived["histogram"] = np.array(grays, np.float32), np.array(share)
     case.derived["lesions", float(config.max_event_mm3)] = lesions
     case.derived["profiles", float(config.max_event_mm3)] = np.array(array("profiles"))
     case.derived["allowed", config.margin] = array("allowed")

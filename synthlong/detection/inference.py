@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import synthlong
 from synthlong.case import Case
-from synthlong.detection.networks import ConcatUNet, LongitudinalUNet, SiameseUNet
+from synthlong.detection.networks import WIDEST_WINDOW, ConcatUNet, LongitudinalUNet, SiameseUNet, sees
 from synthlong.detection.visits import check_same_grid, in_common_brain
 from synthlong.errors import ConfigError, InputError
 from synthlong.networks import ConvBlock, check_device, default_precision, one_thread
@@ -179,15 +179,20 @@ def shipped_detector() -> Path:
 
 
 def window_of(networks: Sequence[LongitudinalUNet], window: int | None = None) -> int:
-    """Return the side of the windows that networks see: the largest that their weights say, or the one asked for.
+    """Return the side of the windows that all of these networks see: the one asked for, or that of their weights.
 
     Raises:
-        ConfigError: One that a network cannot see.
+        ConfigError: One that a network cannot see, or weights that differ in it.
     """
-    window = window or max(network.window for network in networks)
-    multiple = max(network.config.multiple for network in networks)
-    if window < 1 or window % multiple:
-        raise ConfigError(f"window = {window}: must be a multiple of {multiple}")
+    if window is None:
+        own = {network.window for network in networks}
+        if len(own) > 1:
+            widths = " and ".join(map(str, sorted(own)))
+            raise ConfigError(f"window: the weights are for windows of {widths} voxels; choose one")
+        window = own.pop()
+    if not all(sees(window, network.config) for network in networks):
+        multiple = max(network.config.multiple for network in networks)
+        raise ConfigError(f"window = {window}: must be a multiple of {multiple}, from {multiple} to {WIDEST_WINDOW}")
     return window
 
 
@@ -231,7 +236,7 @@ def probability_map(
     """
     first = _check_alike(networks)
     window = window_of(networks, window)
-    stride = stride or window * 3 // 4
+    stride = max(window * 3 // 4, 1) if stride is None else stride
     if not 1 <= stride <= window:
         raise ConfigError(f"stride = {stride}: must be from 1 to the window's {window}")
     if precision not in ("auto", "bf16", "float32"):

@@ -22,7 +22,10 @@ from torch.nn import functional as F
 
 from synthlong.networks import UNet, UNetConfig
 
-__all__ = ["ConcatUNet", "LongitudinalUNet", "SegmentationUNet", "SiameseUNet"]
+__all__ = ["WIDEST_WINDOW", "ConcatUNet", "LongitudinalUNet", "SegmentationUNet", "SiameseUNet", "sees"]
+
+WIDEST_WINDOW = 512
+"""In voxels: wider than any head at 1 mm, and what memory bears."""
 
 _AT_FIRST = 0.01
 
@@ -55,20 +58,20 @@ class SegmentationUNet(_LogitUNet):
     task = "segmentation"
 
 
+def sees(window: int, config: UNetConfig) -> bool:
+    """Return whether a network of this size can be shown windows of this side."""
+    return 1 <= window <= WIDEST_WINDOW and not window % config.multiple
+
+
 class LongitudinalUNet(_LogitUNet):
     """New lesions of two visits.
 
-    A whole brain is seen in windows of `window` voxels a side, which overlap by a quarter; weights carry their own.
+    A whole brain is seen in windows of `window` voxels a side; weights carry their own, see `inference`.
     `bf16_error` bounds how far bf16 moves a probability; None: too far for bf16 to be of use without asking.
     """
 
     window: int
     bf16_error: ClassVar[float | None] = None
-
-    @property
-    def stride(self) -> int:
-        """Voxels from a window to the next."""
-        return self.window * 3 // 4
 
     @staticmethod
     def normalised(scan: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from synthlong.detection.networks import ConcatUNet
+from synthlong.detection.networks import WIDEST_WINDOW, ConcatUNet, sees
 from synthlong.errors import ConfigError
 from synthlong.networks import UNetConfig, check_device
 from synthlong.training.loop import (
@@ -86,9 +86,9 @@ class OhemConfig(TrainingConfig):
         self.check(("batch",), lambda v: not self.mining or v <= self.candidates, "at most the candidates")
         self.check(("candidates",), lambda v: not v % self.ranks, f"a multiple of the {self.ranks} processes")
         try:
-            multiple = self.network.multiple
-            self.check_side(multiple)
-            self.check(("window",), lambda v: v >= 1 and not v % multiple, f"a multiple of {multiple}")
+            self.check_side(self.network.multiple)
+            wanted = f"a multiple of {self.network.multiple}, at most {WIDEST_WINDOW}"
+            self.check(("window",), lambda v: sees(v, self.network), wanted)
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
