@@ -49,6 +49,7 @@ __all__ = [
     "Ahead",
     "Training",
     "TrainingConfig",
+    "checkpoint_of",
     "drawn_from",
     "errors_of",
     "fit",
@@ -56,6 +57,7 @@ __all__ = [
     "read_sides",
     "rng_at",
     "seeded_weights",
+    "source_sha256",
 ]
 
 LAYOUTS = {"float32": torch.contiguous_format, "bf16": torch.channels_last_3d}
@@ -409,7 +411,7 @@ def read_sides(
     held_out = read_patches(source, split="validation", **options) if config.folds > 1 else None
     training = read_patches(source, split="train" if held_out else None, **options)
     about = {"patients": training.subjects, "held_out": held_out.subjects if held_out else []}
-    return training, held_out, {**about, "source": sha256_of(source, pairs=network is not SegmentationUNet)}
+    return training, held_out, {**about, "source": source_sha256(source, pairs=network is not SegmentationUNet)}
 
 
 def drawn_from(held_out: Patches | None, config: TrainingConfig, positive_share: float) -> Drawn | None:
@@ -420,7 +422,12 @@ def drawn_from(held_out: Patches | None, config: TrainingConfig, positive_share:
     return held_out.draw(rng, config.validation_patches, round(positive_share * config.validation_patches))
 
 
-def sha256_of(source: Path, *, pairs: bool) -> str:
+def checkpoint_of(out: Path) -> Path:
+    """Return where the state of a training lies until its weights are written to `out`."""
+    return out.with_suffix(".checkpoint")
+
+
+def source_sha256(source: Path, *, pairs: bool) -> str:
     """Return the SHA-256 of a run's index; of a manifest or folder of cases, a hash of all the files it lists.
 
     Args:

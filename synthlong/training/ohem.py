@@ -30,6 +30,7 @@ from synthlong.training.loop import (
     Ahead,
     Training,
     TrainingConfig,
+    checkpoint_of,
     drawn_from,
     errors_of,
     fit,
@@ -140,7 +141,7 @@ def train_ohem(
     """
     check_device(config.device)
     training, held_out, about = read_sides(source, config)
-    files = {"about": about, "checkpoint": out.with_suffix(".checkpoint")}
+    files = {"about": about, "checkpoint": checkpoint_of(out)}
     model = Ohem(config, training, held_out, readers=readers, progress=progress, **files)
     return fit(model, out, card=card, tensorboard=tensorboard)
 

@@ -35,12 +35,13 @@ from synthlong.training.loop import (
     Ahead,
     Training,
     TrainingConfig,
+    checkpoint_of,
     drawn_from,
     fit,
     read_sides,
     rng_at,
     seeded_weights,
-    sha256_of,
+    source_sha256,
 )
 from synthlong.training.patches import Drawn, Network, Patches
 from synthlong.weights import read_weights
@@ -205,7 +206,7 @@ def segment(
     seen = _DrawnPatches(source, config, SegmentationUNet, readers=readers)
     with seeded_weights(config.seed):
         network = SegmentationUNet(config.network)
-    model = _Stage("segment", config, network, seen, about=seen.about, checkpoint=_checkpoint(out), progress=progress)
+    model = _Stage("segment", config, network, seen, about=seen.about, checkpoint=checkpoint_of(out), progress=progress)
     return fit(model, out, card=card, tensorboard=tensorboard)
 
 
@@ -257,7 +258,7 @@ def pretrain(
         config = replace(config, synthesis=settled(replace(config.synthesis, box=config.side)))
         seen = _MadePairs(source, config, work=out.with_suffix(".work"), readers=readers)
     about = {**seen.about, "encoder": sha256}
-    model = _Stage("pretrain", config, network, seen, about=about, checkpoint=_checkpoint(out), progress=progress)
+    model = _Stage("pretrain", config, network, seen, about=about, checkpoint=checkpoint_of(out), progress=progress)
     figures = fit(model, out, card=card, tensorboard=tensorboard)
     if isinstance(seen, _MadePairs):
         seen.remove()
@@ -307,10 +308,10 @@ def finetune(
             network.freeze_encoder()
         seen = _DrawnPatches(source, config, SiameseUNet, readers=readers)
         about = {**seen.about, "weights": sha256}
-        path = out.with_name(f"{out.stem}.fold-{number}.safetensors") if config.folds > 1 else out
-        _keep(weights, path)
-        model = _Stage("finetune", config, network, seen, about=about, checkpoint=_checkpoint(path), progress=progress)
-        figures.append(fit(model, path, card=card, tensorboard=tensorboard))
+        own = out.with_name(f"{out.stem}.fold-{number}.safetensors") if config.folds > 1 else out
+        _keep(weights, own)
+        model = _Stage("finetune", config, network, seen, about=about, checkpoint=checkpoint_of(own), progress=progress)
+        figures.append(fit(model, own, card=card, tensorboard=tensorboard))
     return figures
 
 
@@ -369,7 +370,7 @@ class _MadePairs:
         if config.folds > 1:
             held_out = subjects_of("validation", patients, fold=config.fold, folds=config.folds)
         self.about: dict[str, Any] = {"patients": sorted(set(patients) - held_out), "held_out": sorted(held_out)}
-        self.about["source"] = sha256_of(source, pairs=False)
+        self.about["source"] = source_sha256(source, pairs=False)
         self._steps, self._readers, self._work = config.steps, readers, work
 
         def pairs_of(chosen: list[CaseFiles], *, pairs: int, batch: int) -> PairStream:
@@ -417,7 +418,3 @@ def _keep(weights: Path, out: Path) -> None:
     """Raise a ConfigError if a training would write over the weights it begins with."""
     if weights.resolve() == out.resolve():
         raise ConfigError(f"-o {out.name}: are the weights that the training begins with; choose another name")
-
-
-def _checkpoint(out: Path) -> Path:
-    return out.with_suffix(".checkpoint")
