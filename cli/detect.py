@@ -60,6 +60,7 @@ def detect(
     inputs = [path for path in (baseline, followup, baseline_brain, followup_brain, *weights) if path is not None]
     cards = [path.with_suffix(".json") for path in weights]
     check_places(out, inputs=[*inputs, *cards], probability=probability, picture=picture)
+    inference.check_limits(threshold, min_volume)
     chosen = PreparationConfig.from_toml(config) if config else PreparationConfig()
     device = device or chosen.device
     check_device(device)

@@ -25,24 +25,28 @@ def evaluate(
 
     Scores that are undefined for a patient (PPV if nothing is predicted) are left out of the mean and counted.
     """
+    from synthlong.dataset.writer import check_place
     from synthlong.detection.evaluation import evaluate as score
     from synthlong.detection.evaluation import write_scores
-    from synthlong.errors import short
+    from synthlong.errors import ConfigError, short
 
     from .progress import progress_bar
 
     folders = {"prediction": prediction} | ({"against": against} if against else {})
+    if out.resolve() in [path.resolve() for path in (truth, *folders.values())]:
+        raise ConfigError(f"-o {short(out)}: would overwrite a mask that is scored; choose another name")
+    check_place(out)
     with progress_bar() as show:
         methods = {
             method: score(truth, folder, prefer=prefer.value if prefer else None, progress=show)
             for method, folder in folders.items()
         }
-    write_scores(out, methods)
     for method, scores in methods.items():
         typer.echo(f"{method} {short(folders[method])}\n")
         typer.echo("\n".join(_cohort(scores)) + "\n")
     if against:
         typer.echo("\n".join(_comparison(methods["prediction"], methods["against"])) + "\n")
+    write_scores(out, methods)
     typer.echo(f"{short(out)}: {len(methods['prediction'])} patients")
 
 

@@ -16,6 +16,7 @@ about x = -0.5; the exact anatomical mirror is i -> 182 - i, dropping i = 0.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -54,6 +55,7 @@ Array = NDArray[np.float32]
 Subjects = Iterable[tuple[str, NDArray]]
 
 MNI_SHAPE = (182, 218, 182)
+MNI_VOXELS = math.prod(MNI_SHAPE)
 FWHM_MM = 6.0
 SYMMETRIC = True
 FLOOR = 0.02

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from synthlong.atlas import lesion_prior, sample_map
+from synthlong.atlas import MNI_VOXELS, lesion_prior, sample_map
 from synthlong.case import Case
 from synthlong.comparison import shapes_for
 from synthlong.errors import ConfigError
@@ -176,8 +176,8 @@ class Recipe:
         box: The rendered cube.
         events: Every lesion of both visits.
         orientation: Applied after the lesions, to both visits and all masks.
-        scaling: Mean and SD of the whole scan in the pair's intensities, at each visit, for z-scores; without
-            flow and artifacts.
+        scaling: Mean and SD of the scan on the MNI grid in the pair's intensities, at each visit, for z-scores;
+            without flow and artifacts.
         origin_mm: MNI coordinates of the case's first voxel; its grid is RAS+ at 1 mm.
         max_event_mm3: Limit at which real lesions were split, which their numbers depend on.
         margin: Voxels kept free around real lesions, where synthetic ones are cut off.
@@ -473,7 +473,7 @@ def bounds_of(case: Case) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 
 def scaling_of(case: Case, tone: Tone = AS_IT_IS) -> tuple[float, float]:
-    """Return mean and SD of the whole scan in a gray scale; the few lesion voxels do not move them."""
+    """Return mean and SD of the scan on the MNI grid in a gray scale; the few lesion voxels do not move them."""
     grays, share = histogram_of(case)
     shown = toned(grays, tone).astype(np.float64)
     mean = float(shown @ share)
@@ -482,13 +482,14 @@ def scaling_of(case: Case, tone: Tone = AS_IT_IS) -> tuple[float, float]:
 
 
 def histogram_of(case: Case) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """Return the scan's intensities above 0 in narrow bins, and the share of all voxels in each, worked out once."""
+    """Return the intensities above 0 in narrow bins, and how much of the MNI grid is in each, worked out once."""
     if "histogram" not in case.derived:
         brain = case.flair[case.flair > 0]
         counts, edges = np.histogram(brain, _GRAYS)
         total, _ = np.histogram(brain, edges, weights=brain.astype(np.float64))
         full = counts > 0
-        case.derived["histogram"] = (total[full] / counts[full]).astype(np.float32), counts[full] / case.flair.size
+        share = counts[full] / max(MNI_VOXELS, len(brain))
+        case.derived["histogram"] = (total[full] / counts[full]).astype(np.float32), share
     return case.derived["histogram"]
 
 

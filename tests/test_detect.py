@@ -18,7 +18,7 @@ from synthlong.detection import ConcatUNet, SegmentationUNet, findings, inferenc
 from synthlong.detection.findings import findings_of
 from synthlong.detection.inference import DetectedLesion, Detection, detect
 from synthlong.detection.sheet import MOST_ROWS, sheet_of
-from synthlong.errors import ConfigError, InputWarning, SynthlongError
+from synthlong.errors import ConfigError, InputError, InputWarning, SynthlongError
 from synthlong.networks import UNetConfig
 from synthlong.nifti import read_nifti, write_nifti
 from synthlong.preparation import PreparationConfig, run, to_native
@@ -266,6 +266,7 @@ def test_names_are_looked_at_before_the_work(pair, call, difference, tmp_path, m
         ("--picture", "a.jpg", "--picture a.jpg: must be named *.png"),
         ("--probability", "mask.nii.gz", "would overwrite a file that is used here too"),
         ("--threshold", "1.5", "--threshold"),
+        ("--threshold", "1", "threshold = 1.0: must be from 0 to below 1"),
     ):
         code, _, err = call(option, tmp_path / name if "." in name and name[0] != "1" else name)
         assert code == 2
@@ -294,6 +295,17 @@ def test_flags_of_the_preparation_are_said(pair, difference, tmp_path, monkeypat
     with pytest.warns(InputWarning, match=r"ses-1_space-MNI152_FLAIR.nii.gz: flagged .* \(brain of 300 ml\)"):
         visits = read_visits(*pair)
     assert [about["flags"] for about in visits.about] == [["brain of 300 ml"], []]
+
+
+def test_a_bad_brain_mask_is_named_and_nothing_prepared(small_case, tmp_path, monkeypatch):
+    paths = [tmp_path / f"{name}.nii.gz" for name in ("one", "two")]
+    for path, flair in zip(paths, (small_case.healthy, small_case.flair), strict=True):
+        write_nifti(path, flair, small_case.affine)
+    write_nifti(tmp_path / "brain.nii.gz", small_case.brain[1:], small_case.affine)
+    monkeypatch.setattr(run, "prepare", stop)
+    for name, said in (("brain.nii.gz", "shape"), ("none.nii.gz", "does not exist")):
+        with pytest.raises(InputError, match=f"{name}: .*{said}"):
+            read_visits(*paths, followup_brain=tmp_path / name)
 
 
 # --- what is prepared first

@@ -284,15 +284,16 @@ def test_detect_looks_at_what_is_brain_in_both_visits(kind, cases, networks, mon
     assert np.array_equal(again.probability, found.probability)
 
 
-def test_background_around_the_brain_changes_nothing(cases, networks):
+@pytest.mark.parametrize("kind", KINDS)
+def test_background_around_the_brain_changes_nothing(kind, cases, networks):
     def wider(case):
         pads = {name: np.pad(getattr(case, name), 7) for name in ("flair", "lesions", "brain", "tissue", "healthy")}
         affine = case.affine.copy()
         affine[:3, 3] -= 7
         return replace(case, affine=affine, **pads)
 
-    found = detect(*cases, [networks[SiameseUNet]], threshold=0.3, precision="float32")
-    again = detect(*map(wider, cases), [networks[SiameseUNet]], threshold=0.3, precision="float32")
+    found = detect(*cases, [networks[kind]], threshold=0.3, precision="float32")
+    again = detect(*map(wider, cases), [networks[kind]], threshold=0.3, precision="float32")
     assert found.lesions
     assert again.lesions == found.lesions
     assert np.array_equal(again.mask[7:-7, 7:-7, 7:-7], found.mask)

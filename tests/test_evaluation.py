@@ -101,6 +101,12 @@ def test_unmatched_files_are_all_listed(cohort):
     )
 
 
+def test_capitals_are_an_ending_too(cohort):
+    for folder in cohort[:2]:
+        (folder / "p1.nii.gz").rename(folder / "P1.NII.GZ")
+    assert set(evaluate(*cohort[:2])) == {"P1", *PATIENTS} - {"p1"}
+
+
 def test_one_patient_in_two_formats_is_refused(cohort):
     for folder in cohort[:2]:
         shutil.copy(folder / "p1.nii.gz", folder / "p1.nii")
@@ -257,7 +263,9 @@ def test_verb_compares_two_methods(cohort, tmp_path, capsys):
     [
         ("truth", "nowhere", "s.csv", 1, "nowhere: is not a folder"),
         ("truth/p1.nii.gz", "truth/p9.nii.gz", "s.csv", 1, "truth/p9.nii.gz: does not exist; check the path"),
-        ("truth", "prediction", "no/s.csv", 3, "no/s.csv: "),
+        ("truth", "prediction", "no/s.csv", 3, "no/s.csv: its folder does not exist"),
+        ("truth", "prediction", "truth", 2, "-o truth: would overwrite a mask"),
+        ("truth/p1.nii.gz", "prediction/p1.nii.gz", "prediction/p1.nii.gz", 2, "would overwrite a mask"),
     ],
 )
 def test_errors_of_the_verb_are_one_line(cohort, tmp_path, monkeypatch, capsys, truth, prediction, out, code, said):

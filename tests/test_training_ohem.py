@@ -1,4 +1,5 @@
 import json
+import signal
 import sys
 import warnings
 from dataclasses import replace
@@ -199,6 +200,35 @@ def test_ctrl_c_is_not_swallowed(run, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         train(run, tmp_path / "w.safetensors", progress=stop)
+
+
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_training_saves_its_step_and_goes_on_to_the_same_bits(asked, run, tmp_path):
+    class Terminated(BaseException):
+        pass
+
+    def terminate(*_):
+        raise Terminated
+
+    def stop(done, *_):
+        if done == 3:
+            signal.raise_signal(asked)
+
+    config = replace(CONFIG, checkpoint_every=100)
+    outs = [tmp_path / f"{name}.safetensors" for name in ("whole", "cut")]
+    train(run, outs[0], config)
+    before = signal.signal(signal.SIGTERM, terminate)
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt if asked == signal.SIGINT else Terminated):
+            train(run, outs[1], config, progress=stop)
+        assert signal.getsignal(signal.SIGTERM) is terminate
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupt)
+    assert torch.load(tmp_path / "cut.checkpoint", weights_only=True)["global_step"] == 3
+    train(run, outs[1], config)
+    assert outs[0].read_bytes() == outs[1].read_bytes()
 
 
 def test_a_killed_training_goes_on_to_the_same_bits(manifest, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from training import SCALING, write_balls, write_scans
 
+from synthlong.atlas import MNI_VOXELS
 from synthlong.dataset.shards import ShardDataset
 from synthlong.detection.networks import ConcatUNet
 from synthlong.errors import ConfigError, InputError, InputWarning
@@ -44,9 +45,15 @@ def test_patches_are_z_scored_cuts_of_the_boxes(run):
 
 def test_positive_patches_hold_a_new_lesion_and_uniform_ones_reach_every_corner(run):
     patches = read_patches(run, side=8, **SPLIT)
-    _, _, new = patches.draw(np.random.default_rng(1), 200, 100)
+    baseline, _, new = patches.draw(np.random.default_rng(1), 200, 100)
     assert new[:100].any(axis=(1, 2, 3, 4)).all()
     assert not new[100:].any(axis=(1, 2, 3, 4)).all()
+    mean, sd = SCALING[0]
+    cuts = np.concatenate([windows(s["baseline"][0].numpy(), 8) for s in ShardDataset(run, **SPLIT)])
+    found = [(abs(cuts - patch) < 1e-4).all((1, 2, 3)).argmax() for patch in baseline[100:, 0] * sd + mean]
+    starts = np.stack(np.unravel_index(np.array(found) % 9**3, (9, 9, 9)), axis=1)
+    assert (starts.min(axis=0) == 0).all()
+    assert (starts.max(axis=0) == 8).all()
 
 
 def test_draws_are_those_of_the_generator_in_any_thread(run):
@@ -96,8 +103,9 @@ def test_whole_scans(scans):
     change = followup - baseline
     assert change[new > 0].mean() > np.abs(change[new == 0]).mean()
     visit = patches._scans[0].visits[1]
-    assert abs(visit.mean()) < 1e-3
-    assert abs(visit.std() - 1) < 1e-3
+    beyond = MNI_VOXELS - visit.size  # how much of the MNI grid is background that the scan does not have
+    assert abs(visit.sum(dtype=float) + beyond * visit.min()) < 1e-3 * MNI_VOXELS
+    assert abs(np.square(visit, dtype=float).sum() + beyond * visit.min() ** 2 - MNI_VOXELS) < 1e-3 * MNI_VOXELS
 
 
 def test_a_patient_may_have_several_pairs(scans, tmp_path):
@@ -109,5 +117,6 @@ def test_a_patient_may_have_several_pairs(scans, tmp_path):
         warnings.simplefilter("ignore", InputWarning)
         once, twice = (read_patches(path, side=16, split=None, fold=0, folds=1) for path in (scans, again))
     assert set(twice.subjects) <= set(once.subjects)
+    assert len(twice._scans) == 3
     rng = np.random.default_rng(0)
     assert all(len(d) == 5 for d in twice.draw(rng, 5, 2))

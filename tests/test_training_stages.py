@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -16,6 +17,7 @@ from synthlong.errors import ConfigError, InputError
 from synthlong.networks import UNetConfig
 from synthlong.recipe import draw_orientation
 from synthlong.synthesis import SynthesisConfig
+from synthlong.training import stages
 from synthlong.training.augmented import AugmentedPatches
 from synthlong.training.loop import rng_at, seeded_weights
 from synthlong.training.patches import read_patches
@@ -225,13 +227,13 @@ def test_with_one_fold_all_patients_are_learned_from_and_the_last_weights_kept(r
     made = []
     for every in (2, 6):  # were the best loss kept, these would differ
         config = PretrainConfig(**TINY | {"folds": 1, "steps": 6, "report_every": every})
-        figures = pretrain(run, tmp_path / "p.safetensors", config=config, **options)
+        figures = pretrain(run, tmp_path / f"p{every}.safetensors", config=config, **options)
         assert figures["best"] == figures["curve"][-1]
         assert figures["best"].keys() == {"step", "loss"}
-        made.append((tmp_path / "p.safetensors").read_bytes())
-    card = json.loads((tmp_path / "p.json").read_text())
+        made.append((tmp_path / f"p{every}.safetensors").read_bytes())
+    card = json.loads((tmp_path / "p2.json").read_text())
     assert (card["patients"], card["held_out"]) == ([f"sub-{n}" for n in range(4)], [])
-    assert read_weights(tmp_path / "p.safetensors", task="siamese")
+    assert read_weights(tmp_path / "p2.safetensors", task="siamese")
     assert made[0] == made[1]
 
 
@@ -251,7 +253,7 @@ def test_finetune_makes_a_network_for_each_fold(manifest, first, tmp_path, capsy
         held_out += card["held_out"]
     assert sorted(held_out) == ["a", "b", "c"]
     times = [(tmp_path / f"w.fold-{fold}.safetensors").stat().st_mtime_ns for fold in range(2)]
-    (tmp_path / "w.fold-1.json").unlink()
+    (tmp_path / "w.fold-1.safetensors").unlink()
     called(tmp_path, "finetune", *words, folds=2)
     again = [(tmp_path / f"w.fold-{fold}.safetensors").stat().st_mtime_ns for fold in range(2)]
     assert times[0] == again[0]
@@ -318,18 +320,44 @@ def test_pairs_made_on_the_fly_go_on_in_mid_epoch(manifest, first, tmp_path):
     assert card["train"]["synthesis"]["box"] == 16
 
 
-def test_what_is_finished_stays_until_something_changes(manifest, first, tmp_path):
+def test_what_is_finished_stays(manifest, first, tmp_path):
     pairs, out = write_scans(tmp_path, manifest), tmp_path / "w.safetensors"
     options = {"weights": first / "p.safetensors", "card": CARD, "tensorboard": False}
     config = FinetuneConfig(**TINY | {"folds": 1, "steps": 2})
-    times = []
-    for change in (None, None, "scan"):
-        if change:
-            volume = nib.load(tmp_path / "a_followup.nii.gz")
-            nib.save(nib.Nifti1Image(volume.get_fdata(dtype=np.float32) * 2, volume.affine), volume.get_filename())
+    finetune(pairs, out, config=config, **options)
+    files = {path: path.read_bytes() for path in (out, out.with_suffix(".json"))}
+    finetune(pairs, out, config=config, **options)
+    with pytest.raises(InputError, match=r"w.safetensors: .*another training \(seed: 0 -> 5; steps: 2 -> 3\)"):
+        finetune(pairs, out, config=replace(config, steps=3, seed=5), **options)
+    volume = nib.load(tmp_path / "a_followup.nii.gz")
+    nib.save(nib.Nifti1Image(volume.get_fdata(dtype=np.float32) * 2, volume.affine), volume.get_filename())
+    with pytest.raises(InputError, match=r"another training \(source: "):
         finetune(pairs, out, config=config, **options)
-        times.append(out.stat().st_mtime_ns)
-    assert times[0] == times[1] < times[2]
+    assert files == {path: path.read_bytes() for path in files}
+    (tmp_path / "cohort.json").write_text("[]")
+    with pytest.raises(InputError, match=r"cohort.json: is there already, and this training did not write it"):
+        finetune(pairs, tmp_path / "cohort.safetensors", config=config, **options)
+    assert (tmp_path / "cohort.json").read_text() == "[]"
+
+
+def test_a_fold_without_new_lesions_is_found_before_the_first_training(manifest, first, tmp_path, monkeypatch):
+    pairs = write_scans(tmp_path, manifest)  # of three patients the last has nothing new
+    monkeypatch.setattr(stages, "fit", None)
+    with pytest.raises(InputError, match=r"pairs.csv: none of the patients held out in fold \d has a new lesion"):
+        finetune(
+            pairs,
+            tmp_path / "w.safetensors",
+            weights=first / "p.safetensors",
+            config=FinetuneConfig(**TINY | {"folds": 3}),
+            card=CARD,
+        )
+
+
+@pytest.mark.parametrize(("options", "said"), [({"side": 8}, "side = 8"), ({"synthesis": {"box": 32}}, "box = 32")])
+def test_pairs_on_the_fly_are_as_large_as_patches(options, said, manifest, first, tmp_path):
+    config = PretrainConfig(**TINY | options)
+    with pytest.raises(ConfigError, match=said):
+        pretrain(manifest, tmp_path / "p.safetensors", encoder=first / "s.safetensors", config=config, card=CARD)
 
 
 def test_bad_inputs(run, first, tmp_path, capsys):
@@ -342,9 +370,12 @@ def test_bad_inputs(run, first, tmp_path, capsys):
         (["pretrain", run, "-o", first / "s.safetensors", "--encoder", first / "s.safetensors"], "choose another name"),
         (["segment", tmp_path / "none", "-o", out], "no such file or folder"),
         (["segment", run, "-o", tmp_path / "w.pt"], "named *.safetensors"),
+        (["ohem", tmp_path, "-o", out], "holds no run of pairs; pass what `synthlong generate` wrote, or a CSV"),
+        (["segment", run, "-o", "/proc/none/w.safetensors"], "proc/none: "),
+        (["finetune", run, "-o", out, "--weights", tmp_path / "none.safetensors"], "with `synthlong train pretrain`\n"),
     ]
     for words, said in bad:
-        assert main(["train", *map(str, words)]) in (1, 2)
+        assert main(["train", *map(str, words)]) in (1, 2, 3)
         assert said in capsys.readouterr().err
 
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import crc32c
@@ -28,7 +29,16 @@ from numpy.typing import NDArray
 from synthlong.dataset.reader import IMAGES, MASKS, SCHEMA, VOLUMES
 from synthlong.errors import ConfigError, OutputError, SynthlongError
 
-__all__ = ["Sample", "canonical_json", "encode_shard", "publish", "shard_name", "shard_path", "write_shard"]
+__all__ = [
+    "Sample",
+    "canonical_json",
+    "check_place",
+    "encode_shard",
+    "publish",
+    "shard_name",
+    "shard_path",
+    "write_shard",
+]
 
 _BLOSC_LZ4 = hdf5plugin.Blosc(cname="lz4", clevel=5, shuffle=hdf5plugin.Blosc.SHUFFLE)
 _FILTERS: dict[str, list[tuple[int, tuple[int, ...]]]] = {
@@ -133,6 +143,20 @@ def encode_shard(
         for k, sample in enumerate(samples)
     ]
     return data, {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "n": n, "samples": records}
+
+
+def check_place(path: Path) -> None:
+    """Raise an OutputError if a file cannot be written to `path`: before the work, not after."""
+    if path.is_dir():
+        raise OutputError(path, "is a folder", "choose the name of a file")
+    if not path.parent.is_dir():
+        raise OutputError(path, "its folder does not exist", "make the folder, or choose another one")
+    try:
+        with TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        problem = f"its folder cannot be written to ({error.strerror})"
+        raise OutputError(path, problem, "choose a folder you may write to") from error
 
 
 def publish(path: str | Path, data: bytes) -> None:

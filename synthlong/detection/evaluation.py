@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -189,11 +190,11 @@ def _find_pairs(truth: Path, prediction: Path) -> dict[str, tuple[Path, Path]]:
 
 def _names_in(folder: Path) -> set[str]:
     names = {path.name for path in folder.iterdir()}
-    return {name for name in names if name.endswith((".nii", ".nii.gz")) and not name.startswith(".")}
+    return {name for name in names if name.lower().endswith((".nii", ".nii.gz")) and not name.startswith(".")}
 
 
 def _patient(path: Path) -> str:
-    return path.name.removesuffix(".gz").removesuffix(".nii")
+    return re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)
 
 
 def _lesions_in(volume: Volume) -> NDArray[np.bool_]:

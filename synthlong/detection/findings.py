@@ -6,7 +6,6 @@ Detection, Visits -> findings_of -> Findings -> write_findings -> MASK.nii.gz, M
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,11 +17,11 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 import synthlong
-from synthlong.dataset.writer import publish
+from synthlong.dataset.writer import check_place, publish
 from synthlong.detection.inference import Detection
 from synthlong.detection.sheet import sheet_of
 from synthlong.detection.visits import Visits
-from synthlong.errors import ConfigError, InputWarning, OutputError, short
+from synthlong.errors import ConfigError, InputWarning, short
 from synthlong.nifti import sidecar_of, write_nifti
 from synthlong.pictures import png_bytes
 from synthlong.resampling import carry_labels, resample
@@ -138,10 +137,7 @@ def check_places(
             continue
         if not path.name.endswith(endings) or path.name in endings:
             raise ConfigError(f"{option} {path.name}: must be named *{' or *'.join(endings)}")
-        if not path.parent.is_dir():
-            raise OutputError(path, "its folder does not exist", "make the folder, or choose another one")
-        if not os.access(path.parent, os.W_OK):
-            raise OutputError(path, "its folder cannot be written to", "choose a folder you may write to")
+        check_place(path)
     taken = {path.resolve() for given in inputs for path in (given, sidecar_of(given))}
     for path in (out, sidecar_of(out), probability, picture):
         if path is None:

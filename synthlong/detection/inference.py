@@ -35,6 +35,7 @@ __all__ = [
     "DEFAULT_DETECTOR",
     "DetectedLesion",
     "Detection",
+    "check_limits",
     "detect",
     "probability_map",
     "read_detectors",
@@ -132,9 +133,7 @@ def detect(
         ConfigError: An option outside its range.
     """
     check_same_grid(baseline, followup)
-    if not 0 <= threshold < 1 or min_volume_mm3 < 0:
-        problem = "must be from 0 to below 1, and 0 or more"
-        raise ConfigError(f"threshold = {threshold}, min_volume_mm3 = {min_volume_mm3}: {problem}")
+    check_limits(threshold, min_volume_mm3)
     visits = in_common_brain(baseline, followup)
     brain = visits[0].brain
     box = ndimage.find_objects(brain)[0]
@@ -154,6 +153,14 @@ def detect(
         progress=progress,
     )
     return _detection(probability, followup.affine, threshold=threshold, min_volume_mm3=min_volume_mm3)
+
+
+def check_limits(threshold: float, min_volume_mm3: float) -> None:
+    """Raise a ConfigError if one of the limits of `detect` is outside its range."""
+    if not 0 <= threshold < 1:
+        raise ConfigError(f"threshold = {threshold}: must be from 0 to below 1")
+    if not min_volume_mm3 >= 0:
+        raise ConfigError(f"min_volume_mm3 = {min_volume_mm3}: must be 0 or more")
 
 
 def read_detectors(paths: Sequence[Path] = ()) -> tuple[LongitudinalUNet, ...]:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from synthlong.atlas import MNI_VOXELS
 from synthlong.networks import UNet, UNetConfig
 
 __all__ = ["WIDEST_WINDOW", "ConcatUNet", "LongitudinalUNet", "SegmentationUNet", "SiameseUNet", "sees"]
@@ -84,7 +85,7 @@ class LongitudinalUNet(_LogitUNet):
 
 
 class ConcatUNet(LongitudinalUNet):
-    """Both visits as channels, each z-scored by its own mean and standard deviation over the whole grid."""
+    """Both visits as channels, each z-scored by its own mean and standard deviation over the MNI grid."""
 
     task = "concat"
     channels = 2
@@ -93,8 +94,13 @@ class ConcatUNet(LongitudinalUNet):
 
     @staticmethod
     def normalised(scan: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the z-scored scan; its background is not 0, but the smallest value still."""
-        mean, sd = scan.mean(dtype=np.float64), scan.std(dtype=np.float64)
+        """Return the z-scored scan; its background, 0, becomes the smallest value.
+
+        Background counts as much as around a brain on the MNI grid, however much of it the scan comes with.
+        """
+        voxels = max(MNI_VOXELS, np.count_nonzero(scan))
+        mean = scan.sum(dtype=np.float64) / voxels
+        sd = np.sqrt(max(np.square(scan, dtype=np.float64).sum() / voxels - mean**2, 0))
         return ((scan - mean) / max(sd, 1e-6)).astype(np.float32)
 
     def forward(self, baseline: Tensor, followup: Tensor) -> Tensor:  # type: ignore[override]

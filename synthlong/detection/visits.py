@@ -183,6 +183,8 @@ def _as_they_are(files: tuple[Volume, Volume], brains: _Masks, prefer: str | Non
         try:
             cases = _both(files, brains, prefer)
         except InputError as error:
+            if error.path in brains:
+                raise
             role = _ROLES[error.path == files[1].path]
             return f"the {role} cannot be used as it is ({error.problem})"
     for role, case in zip(_ROLES, cases, strict=True):

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import math
+import signal
 import threading
 import time
 import warnings
@@ -35,6 +36,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from synthlong.dataset.prepared import plain_hash
+from synthlong.dataset.writer import check_place
 from synthlong.detection.networks import ConcatUNet, SegmentationUNet
 from synthlong.errors import InputError
 from synthlong.manifest import find_cases, manifest_rows
@@ -53,6 +55,7 @@ __all__ = [
     "drawn_from",
     "errors_of",
     "fit",
+    "make_place",
     "predicted",
     "read_sides",
     "rng_at",
@@ -175,6 +178,7 @@ class Training(lightning.LightningModule):
         self.curve: list[dict[str, float]] = []
         self.best: dict[str, Tensor] = {}
         self._losses: list[float] = []
+        self._signal: int | None = None
         self._before_s, self._started_s = 0.0, time.monotonic()
 
     @abstractmethod
@@ -195,6 +199,11 @@ class Training(lightning.LightningModule):
         """The point of the curve with the highest Dice, the first of equals; the last where nobody is held out."""
         return max(self.curve, key=lambda point: point.get("dice", point["step"]))
 
+    @property
+    def stopped_by(self) -> int | None:
+        """The signal that ended the training between two steps, saved."""
+        return self._signal
+
     def seconds(self) -> float:
         """Return how long the training took, interruptions left out."""
         return round(self._before_s + time.monotonic() - self._started_s, 1)
@@ -203,6 +212,18 @@ class Training(lightning.LightningModule):
         """Return Adam on the parameters that are not frozen."""
         learned = [w for w in self.network.parameters() if w.requires_grad]
         return torch.optim.Adam(learned, lr=self.config.learning_rate)
+
+    def on_train_start(self) -> None:
+        """Hold Ctrl-C and SIGTERM back until a step is done and saved; Lightning puts their handlers back."""
+
+        def hold(number: int, _frame: Any) -> None:
+            if self._signal is not None:  # asked twice
+                raise KeyboardInterrupt
+            self._signal = number
+
+        if self.config.ranks == 1 and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, hold)
 
     def train_dataloader(self) -> Iterable[tuple[Tensor, ...]]:
         """Return the batches of each step from the one at which the training begins or goes on."""
@@ -238,11 +259,13 @@ class Training(lightning.LightningModule):
             self._progress(done, config.steps, self._losses[-1])
         if done % config.report_every == 0 or done == config.steps:
             self._report(done)
-        if done % config.checkpoint_every == 0:
+        if done % config.checkpoint_every == 0 or self._signal is not None:
             writing = self.checkpoint.with_suffix(".writing")
             self.trainer.save_checkpoint(writing)
             if self.trainer.is_global_zero:
                 writing.replace(self.checkpoint)
+        if self._signal is not None:
+            raise KeyboardInterrupt
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what Lightning does not know of."""
@@ -285,8 +308,8 @@ class Training(lightning.LightningModule):
 def fit(model: Training, out: Path, *, card: dict[str, Any], tensorboard: bool = True) -> dict[str, Any]:
     """Train, write the weights with the best validation Dice and their card, return its figures.
 
-    Where there is a checkpoint, the training goes on from it; at the end it is removed. What was finished with the
-    same settings stays as it is.
+    Where there is a checkpoint, the training goes on from it; at the end it is removed. A training that is stopped by
+    Ctrl-C or SIGTERM finishes its step and saves it. What was finished with the same settings stays as it is.
 
     Args:
         model: What to train.
@@ -295,13 +318,13 @@ def fit(model: Training, out: Path, *, card: dict[str, Any], tensorboard: bool =
         tensorboard: Log to a folder beside `out`.
 
     Raises:
-        InputError: The checkpoint is damaged or of another training, the loss is not finite.
+        InputError: The checkpoint is damaged or of another training, the loss is not finite; or `out` or its card
+            is there already, and of another training.
     """
     if done := _finished(out, model):
         return done
     config, checkpoint = model.config, model.checkpoint
     _check_resumable(checkpoint, model.stage, model.settings)
-    out.parent.mkdir(parents=True, exist_ok=True)
     with _quiet():
         trainer = lightning.Trainer(
             accelerator={"cpu": "cpu", "cuda": "gpu"}[config.device],
@@ -319,7 +342,9 @@ def fit(model: Training, out: Path, *, card: dict[str, Any], tensorboard: bool =
         )
         try:
             trainer.fit(model, ckpt_path=checkpoint if checkpoint.exists() else None)
-        except SystemExit as stop:  # what Lightning makes of Ctrl-C
+        except SystemExit as stop:  # what Lightning makes of a KeyboardInterrupt
+            if model.stopped_by is not None:
+                signal.raise_signal(model.stopped_by)  # whose handler is again that of the caller
             raise KeyboardInterrupt from stop
     figures = {"curve": model.curve, "best": model.best_point, "train": config.as_dict(), "seconds": model.seconds()}
     if trainer.is_global_zero:
@@ -330,16 +355,25 @@ def fit(model: Training, out: Path, *, card: dict[str, Any], tensorboard: bool =
 
 
 def _finished(out: Path, model: Training) -> dict[str, Any] | None:
-    """Return the figures of a training that is done: its card says the same settings, its weights can be read."""
+    """Return the figures of a training that is done: its card says the same settings, its weights can be read.
+
+    Raises:
+        InputError: There are weights or a JSON of another training, or of none.
+    """
     card = out.with_suffix(".json")
-    if model.checkpoint.exists() or not (out.exists() and card.exists()):
+    if model.checkpoint.exists() or not (out.exists() or card.exists()):
         return None
+    way = "choose another name, or remove it"
     try:
         made = json.loads(card.read_bytes())
-    except ValueError:
+        done = {**made["train"], **{key: made.get(key) for key in model.about}}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = card if card.exists() else out
+        raise InputError(found, "is there already, and this training did not write it", way) from error
+    if not out.exists():
         return None
-    if {**made.get("train", {}), **{key: made.get(key) for key in model.about}} != model.settings:
-        return None
+    if changed := _changed(done, model.settings):
+        raise InputError(out, f"is there already, of another training ({changed})", way)
     read_weights(out, task=model.network.task)
     return {key: made[key] for key in ("curve", "best", "train", "seconds")}
 
@@ -427,6 +461,12 @@ def checkpoint_of(out: Path) -> Path:
     return out.with_suffix(".checkpoint")
 
 
+def make_place(out: Path) -> None:
+    """Make the folder of the weights; raise an OutputError if they could not be written: before the work, not after."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    check_place(out)
+
+
 def source_sha256(source: Path, *, pairs: bool) -> str:
     """Return the SHA-256 of a run's index; of a manifest or folder of cases, a hash of all the files it lists.
 
@@ -464,10 +504,14 @@ def _check_resumable(path: Path, stage: str, settings: dict[str, Any]) -> None:
     except (OSError, EOFError, KeyError, TypeError, RuntimeError, UnpicklingError) as error:
         problem = f"the checkpoint is damaged or of another stage ({type(error).__name__})"
         raise InputError(path, problem, "remove it") from error
+    if changed := _changed(made, settings):
+        raise InputError(path, f"the checkpoint is of another training ({changed})", "remove it")
+
+
+def _changed(made: dict[str, Any], settings: dict[str, Any]) -> str:
+    """Return in words which settings differ; "": none."""
     other = [key for key in sorted(settings) if settings[key] != made.get(key)]
-    changed = [f"{key}: {made.get(key)} -> {settings[key]}" for key in other]
-    if changed:
-        raise InputError(path, f"the checkpoint is of another training ({'; '.join(changed)})", "remove it")
+    return "; ".join(f"{key}: {made.get(key)} -> {settings[key]}" for key in other)
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from synthlong.training.loop import (
     drawn_from,
     errors_of,
     fit,
+    make_place,
     predicted,
     read_sides,
     rng_at,
@@ -140,6 +141,7 @@ def train_ohem(
         ConfigError: An option that cannot be here.
     """
     check_device(config.device)
+    make_place(out)
     training, held_out, about = read_sides(source, config)
     files = {"about": about, "checkpoint": checkpoint_of(out)}
     model = Ohem(config, training, held_out, readers=readers, progress=progress, **files)

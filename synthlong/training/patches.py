@@ -6,7 +6,7 @@ A *positive* patch holds a voxel of a new lesion: one drawn from all those of a 
 *uniform* one lies at random within the brain's bounding box. In shards only the boxes that were themselves placed
 uniformly give those: boxes around events are fuller of lesions than brains are. Of single visits it is any lesion.
 
-Visits have brain mode 1, or, for `ConcatUNet`, are z-scored by mean and standard deviation of the whole scan,
+Visits have brain mode 1, or, for `ConcatUNet`, are z-scored by mean and standard deviation over the MNI grid,
 background included; a box could not give them, so its recipe carries both (`Recipe.scaling`).
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,9 +30,10 @@ from synthlong.detection.visits import in_common_brain, read_pair
 from synthlong.errors import ConfigError, InputError, InputWarning
 from synthlong.hole import grown_box
 from synthlong.manifest import CaseFiles, find_cases, manifest_rows
+from synthlong.nifti import read_nifti
 from synthlong.recipe import Recipe
 
-__all__ = ["PAIR", "Drawn", "Network", "Patches", "ScanPatches", "ShardPatches", "read_patches"]
+__all__ = ["PAIR", "Drawn", "Network", "Patches", "ScanPatches", "ShardPatches", "check_folds", "read_patches"]
 
 PAIR = ("baseline", "followup", "mask")
 """Columns of a manifest of real pairs, beside the subject."""
@@ -43,6 +44,7 @@ Drawn = tuple[NDArray[Any], ...]
 Network = type[LongitudinalUNet] | type[SegmentationUNet]
 
 _AS_IT_IS = (0.0, 1.0)
+_OTHER_FOLDS = "choose another number of folds, or add patients"
 
 
 class Patches(Protocol):
@@ -81,8 +83,21 @@ def read_patches(
     if issubclass(network, SegmentationUNet):
         return ScanPatches(source, _visits(source), wanted="lesion", **options)
     if source.is_dir():
+        if not (source / "run.json").exists():
+            way = "pass what `synthlong generate` wrote, or a CSV of pairs: subject,baseline,followup,mask"
+            raise InputError(source, "holds no run of pairs", way)
         return ShardPatches(source, z_scored=network is ConcatUNet, **options)
     return ScanPatches(source, _pairs(source, network.normalised), wanted="new lesion", **options)
+
+
+def check_folds(manifest: Path, folds: Sequence[int], *, of: int) -> None:
+    """Raise an InputError if no patient held out in one of these folds has a new lesion: before the first training."""
+    having: dict[str, bool] = {}
+    for subject, _, paths in manifest_rows(manifest, needed=PAIR, optional=()):
+        having[subject] = bool(read_nifti(paths["mask"], allow_empty=True).data.any()) or having.get(subject, False)
+    for fold in folds:
+        if not any(having[subject] for subject in subjects_of("validation", sorted(having), fold=fold, folds=of)):
+            raise InputError(manifest, f"none of the patients held out in fold {fold} has a new lesion", _OTHER_FOLDS)
 
 
 class ShardPatches:
@@ -169,7 +184,7 @@ class ScanPatches:
         self._positive = [scans for scans in self._scans if len(scans.voxels)]
         if not self._positive:
             which = f"held out in fold {fold}" if split == "validation" else "learned from"
-            raise InputError(source, f"none of the patients {which} has a {wanted}", "choose other folds, or add some")
+            raise InputError(source, f"none of the patients {which} has a {wanted}", _OTHER_FOLDS)
 
     def reopened(self) -> Self:
         """Return the same patches: threads may share them."""

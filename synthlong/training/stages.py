@@ -38,12 +38,13 @@ from synthlong.training.loop import (
     checkpoint_of,
     drawn_from,
     fit,
+    make_place,
     read_sides,
     rng_at,
     seeded_weights,
     source_sha256,
 )
-from synthlong.training.patches import Drawn, Network, Patches
+from synthlong.training.patches import Drawn, Network, Patches, check_folds
 from synthlong.weights import read_weights
 
 __all__ = [
@@ -203,6 +204,7 @@ def segment(
         ConfigError: An option that cannot be here.
     """
     check_device(config.device)
+    make_place(out)
     seen = _DrawnPatches(source, config, SegmentationUNet, readers=readers)
     with seeded_weights(config.seed):
         network = SegmentationUNet(config.network)
@@ -240,7 +242,8 @@ def pretrain(
         ConfigError: An option that cannot be here.
     """
     check_device(config.device)
-    trained, sha256 = read_weights(encoder, task=SegmentationUNet.task)
+    make_place(out)
+    trained, sha256 = read_weights(encoder, task=SegmentationUNet.task, shipped=False)
     assert isinstance(trained, SegmentationUNet)
     config.check_side(trained.config.multiple)
     with seeded_weights(config.seed):
@@ -255,7 +258,7 @@ def pretrain(
         config = replace(config, synthesis=SynthesisConfig.from_dict(read_plan(source)["config"]))
         seen = _DrawnPatches(source, config, SiameseUNet, readers=readers)
     else:
-        config = replace(config, synthesis=settled(replace(config.synthesis, box=config.side)))
+        config = replace(config, synthesis=settled(_boxes_of(config)))
         seen = _MadePairs(source, config, work=out.with_suffix(".work"), readers=readers)
     about = {**seen.about, "encoder": sha256}
     model = _Stage("pretrain", config, network, seen, about=about, checkpoint=checkpoint_of(out), progress=progress)
@@ -298,21 +301,28 @@ def finetune(
         ConfigError: An option that cannot be here.
     """
     check_device(config.device)
-    figures = []
-    for number in range(config.folds) if fold is None else [fold]:
-        config = replace(config, fold=number)
-        network, sha256 = read_weights(weights, task=SiameseUNet.task)
+    make_place(out)
+    folds = list(range(config.folds)) if fold is None else [fold]
+    if config.folds > 1 and source.is_file():
+        check_folds(source, folds, of=config.folds)
+
+    def tuned(number: int) -> dict[str, Any]:
+        """Train the network of a fold, whose scans are let go then."""
+        of_fold = replace(config, fold=number)
+        network, sha256 = read_weights(weights, task=SiameseUNet.task, shipped=False)
         assert isinstance(network, SiameseUNet)
-        config.check_side(network.config.multiple)
+        of_fold.check_side(network.config.multiple)
         if config.trainable == "decoder":
             network.freeze_encoder()
-        seen = _DrawnPatches(source, config, SiameseUNet, readers=readers)
+        seen = _DrawnPatches(source, of_fold, SiameseUNet, readers=readers)
         about = {**seen.about, "weights": sha256}
         own = out.with_name(f"{out.stem}.fold-{number}.safetensors") if config.folds > 1 else out
         _keep(weights, own)
-        model = _Stage("finetune", config, network, seen, about=about, checkpoint=checkpoint_of(own), progress=progress)
-        figures.append(fit(model, own, card=card, tensorboard=tensorboard))
-    return figures
+        place = checkpoint_of(own)
+        model = _Stage("finetune", of_fold, network, seen, about=about, checkpoint=place, progress=progress)
+        return fit(model, own, card=card, tensorboard=tensorboard)
+
+    return [tuned(number) for number in folds]
 
 
 class _Seen(Protocol):
@@ -412,6 +422,16 @@ class _Made:
         loader.load_state_dict({**loader.state_dict(), "epoch": 0, "batches": self._steps.start})
         for batch in loader:
             yield tuple(batch[key] for key in self._stream.keys)
+
+
+def _boxes_of(config: PretrainConfig) -> SynthesisConfig:
+    """Return how to make pairs of which a patch is all."""
+    if config.synthesis.box not in (_SYNTHESIS.box, config.side):
+        raise ConfigError(f"box = {config.synthesis.box}: pairs made on the fly are as large as patches; set `side`")
+    try:
+        return replace(config.synthesis, box=config.side)
+    except ConfigError as error:
+        raise ConfigError(f"side = {config.side}: pairs cannot be made in this size ({error})") from error
 
 
 def _keep(weights: Path, out: Path) -> None:
