@@ -1,9 +1,12 @@
 import json
+import re
+import subprocess
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from synthlong_cli import fit as verb
 
 from synthlong import fitting
 from synthlong.errors import ConfigError, InputError
@@ -185,3 +188,16 @@ def test_orientations_of_samples():
     x = np.arange(27).reshape(3, 3, 3)
     seen = {draw_orientation(np.random.default_rng(n))(x).tobytes() for n in range(600)}
     assert len(seen) == 48
+
+
+def test_a_repository_around_an_installed_package_is_not_its_own(tmp_path, monkeypatch):
+    def git(*words):
+        subprocess.run(["git", "-C", tmp_path, *words], check=True, capture_output=True)
+
+    (tmp_path / "fit.py").touch()
+    git("init")
+    monkeypatch.setattr(verb, "__file__", str(tmp_path / "fit.py"))
+    assert verb.commit() is None
+    git("add", "fit.py")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "a")
+    assert re.fullmatch("[0-9a-f]{40}", verb.commit())
