@@ -159,6 +159,7 @@ class Training(lightning.LightningModule):
 
     Attributes:
         stage: Name of the training, in its checkpoints.
+        stopped_by: The signal that ended it between two steps, saved.
     """
 
     stage: str
@@ -178,7 +179,7 @@ class Training(lightning.LightningModule):
         self.curve: list[dict[str, float]] = []
         self.best: dict[str, Tensor] = {}
         self._losses: list[float] = []
-        self._signal: int | None = None
+        self.stopped_by: int | None = None
         self._before_s, self._started_s = 0.0, time.monotonic()
 
     @abstractmethod
@@ -199,11 +200,6 @@ class Training(lightning.LightningModule):
         """The point of the curve with the highest Dice, the first of equals; the last where nobody is held out."""
         return max(self.curve, key=lambda point: point.get("dice", point["step"]))
 
-    @property
-    def stopped_by(self) -> int | None:
-        """The signal that ended the training between two steps, saved."""
-        return self._signal
-
     def seconds(self) -> float:
         """Return how long the training took, interruptions left out."""
         return round(self._before_s + time.monotonic() - self._started_s, 1)
@@ -217,9 +213,9 @@ class Training(lightning.LightningModule):
         """Hold Ctrl-C and SIGTERM back until a step is done and saved; Lightning puts their handlers back."""
 
         def hold(number: int, _frame: Any) -> None:
-            if self._signal is not None:  # asked twice
+            if self.stopped_by is not None:  # asked twice
                 raise KeyboardInterrupt
-            self._signal = number
+            self.stopped_by = number
 
         if self.config.ranks == 1 and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -259,12 +255,12 @@ class Training(lightning.LightningModule):
             self._progress(done, config.steps, self._losses[-1])
         if done % config.report_every == 0 or done == config.steps:
             self._report(done)
-        if done % config.checkpoint_every == 0 or self._signal is not None:
+        if done % config.checkpoint_every == 0 or self.stopped_by is not None:
             writing = self.checkpoint.with_suffix(".writing")
             self.trainer.save_checkpoint(writing)
             if self.trainer.is_global_zero:
                 writing.replace(self.checkpoint)
-        if self._signal is not None:
+        if self.stopped_by is not None:
             raise KeyboardInterrupt
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
