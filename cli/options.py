@@ -25,7 +25,7 @@ def numbers_of(text: str, option: str) -> list[int]:
     numbers: list[int] = []
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
-        if not first.isdecimal() or (last and not last.isdecimal()):
+        if not first.isdecimal() or (last and not (last.isdecimal() and int(first) <= int(last))):
             raise ConfigError(f"{option} {text}: give numbers such as 0,5 or 0-9")
         numbers += range(int(first), int(last or first) + 1)
     return numbers

@@ -37,7 +37,7 @@ ARTIFACTS: dict[str, type[RandomArtifact]] = {
 }
 """Name on the command line -> transform."""
 
-_STRIPPED = 0.2  # share of zero voxels from which a scan counts as skull-stripped
+_ROUNDS = 20
 _COLUMNS = 4
 
 
@@ -66,6 +66,8 @@ def augment(
     """
     if not out.name.endswith((".nii", ".nii.gz")):
         raise ConfigError(f"{out.name}: give an output that ends in .nii.gz or .nii")
+    if out.resolve() == scan.resolve():
+        raise ConfigError(f"{out.name}: is the scan itself; choose another name")
     transform = _built(artifact, settings or {})
     volume = read_nifti(scan)
     unit = _unit_of(volume)
@@ -143,11 +145,19 @@ def _built(artifact: str, settings: dict[str, Any]) -> RandomArtifact:
 
 
 def _unit_of(volume: Volume) -> float:
-    """Return the mode of the scan's tissue: of its non-zero voxels, or of its bright ones if it has its skull."""
+    """Return the mode of the scan's tissue: of what is brighter than air, and than fluid in a stripped brain.
+
+    The bound lies halfway between the means of what is darker and what is brighter (Ridler and Calvard 1978, doi
+    10.1109/TSMC.1978.4310039); background that is exactly 0 has no say.
+    """
     tissue = volume.data[volume.data != 0]
-    if tissue.size > (1 - _STRIPPED) * volume.data.size:
-        tissue = tissue[tissue > tissue.mean()]
-    unit = mode_of(tissue)
+    bound = tissue.mean(dtype=np.float64)
+    for _ in range(_ROUNDS):
+        dark, bright = tissue[tissue <= bound], tissue[tissue > bound]
+        if not dark.size or not bright.size:
+            break
+        bound = (dark.mean(dtype=np.float64) + bright.mean(dtype=np.float64)) / 2
+    unit = mode_of(tissue[tissue > bound] if (tissue > bound).any() else tissue)
     if not unit > 0:
         problem = f"its most frequent intensity is {unit:.3g}, which cannot serve as unit"
         raise InputError(volume.path, problem, "give a scan that is not z-scored")

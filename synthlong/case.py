@@ -21,7 +21,7 @@ from scipy import ndimage
 from synthlong.errors import InputError, InputWarning, short
 from synthlong.hole import FLUID
 from synthlong.nifti import Volume, read_nifti
-from synthlong.resampling import Native, resample
+from synthlong.resampling import Native, carry_mask, resample
 from synthlong.tissue import CSF, classify_tissue, fitted_tissue_maps, is_whole
 
 __all__ = [
@@ -141,7 +141,7 @@ def read_case(
     inside = np.zeros_like(brain_mask) if lesion is None else clip_to_brain(lesion, brain_mask)
     scan_mean, scan_sd = float(raw.mean(dtype=np.float64)), float(raw.std(dtype=np.float64))
     values = grid.resample(_without_negatives(raw, brain_mask, flair))
-    brain_mask, inside = grid.resample_mask(brain_mask), grid.resample_mask(inside)
+    brain_mask, inside = grid.resample_mask(brain_mask), grid.carry_lesions(inside)
     inside &= brain_mask
     values = np.where(brain_mask, np.maximum(values, 0), 0).astype(np.float32)
     if brain_mask.sum() < _SMALLEST_SIDE_MM**3 // 4:
@@ -194,7 +194,7 @@ def read_lesions(mask: Path, flair: Path) -> NDArray[np.uint8]:
     lesion = read_beside(mask, image)
     check_mask(lesion, image)
     grid, brain = _Grid.of(image), image.data != 0
-    inside = grid.resample_mask(clip_to_brain(lesion, brain)) & grid.resample_mask(brain)
+    inside = grid.carry_lesions(clip_to_brain(lesion, brain)) & grid.resample_mask(brain)
     return inside.astype(np.uint8)
 
 
@@ -240,19 +240,24 @@ class _Grid:
     def _turn(self, data: NDArray) -> NDArray:
         return np.ascontiguousarray(nib.orientations.apply_orientation(data, self.orientation))
 
+    @property
+    def _step(self) -> NDArray[np.float64]:
+        return np.linalg.inv(self.reoriented) @ self.affine
+
     def _interpolate(self, data: NDArray, order: int, *, nudge: float = 0.0) -> NDArray[np.float32]:
-        step = np.linalg.inv(self.reoriented) @ self.affine
-        return resample(data, step, self.shape, order=order, nudge=nudge)
+        return resample(data, self._step, self.shape, order=order, nudge=nudge)
 
     def resample(self, data: NDArray) -> NDArray[np.float32]:
         data = self._turn(data)
         return data.astype(np.float32) if self.keeps else self._interpolate(data, 3)
 
-    def resample_mask(self, data: NDArray) -> NDArray[np.bool_]:
-        """Keep volumes: nearest voxel, since a threshold on linear interpolation loses small lesions.
+    def carry_lesions(self, data: NDArray) -> NDArray[np.bool_]:
+        """Keep each lesion and its volume."""
+        data = self._turn(data) != 0
+        return data if self.keeps else carry_mask(data, self._step, self.shape) != 0
 
-        The nudge decides between voxels equally near alike on both sides of a lesion.
-        """
+    def resample_mask(self, data: NDArray) -> NDArray[np.bool_]:
+        """Of a brain; the nudge decides between voxels equally near alike on both sides."""
         data = self._turn(data) != 0
         if self.keeps:
             return data

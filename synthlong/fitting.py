@@ -11,8 +11,11 @@ does not outweigh the tissue.
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -25,11 +28,12 @@ from torch import Tensor
 from synthlong import inpainting, painting
 from synthlong.atlas import lesion_prior, sample_map
 from synthlong.case import Case, patient_of
+from synthlong.dataset.writer import make_place
 from synthlong.errors import ConfigError, InputError
 from synthlong.lesions import read_bank
 from synthlong.networks import UNet, UNetConfig, check_device, default_precision, infer
 from synthlong.sampling import Sample
-from synthlong.weights import write_weights
+from synthlong.weights import differing, finished, write_weights
 
 __all__ = ["FitConfig", "Sampler", "fit", "fit_on_cases", "hole_errors"]
 
@@ -93,12 +97,14 @@ def fit(
     held_out: Sampler | None,
     out: Path,
     card: dict[str, Any],
+    about: dict[str, Any] | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> dict[str, Any]:
     """Train, write weights and card to `out`, return the card's figures.
 
     A checkpoint lies beside `out` while training runs; the same call goes on from it, and gives what an
-    uninterrupted one gives, since step t draws from (seed, t) alone.
+    uninterrupted one gives, since step t draws from (seed, t) alone. A training that is stopped by Ctrl-C or SIGTERM
+    finishes its step and saves it. What was finished with the same settings stays as it is.
 
     Args:
         config: How to train.
@@ -108,45 +114,58 @@ def fit(
         held_out: Draws samples of the patient held out.
         out: The `.safetensors` file.
         card: What the card says beside the figures.
+        about: What the data are, for the card; a training goes on only from a checkpoint with the same.
         progress: Called as (step, steps, loss).
+
+    Raises:
+        InputError: The checkpoint is damaged or of another training, the loss is not finite; or `out` or its card is
+            there already, and of another training.
+        OutputError: `out` cannot be written to.
     """
     check_device(config.device)
+    make_place(out)
     torch.manual_seed(config.seed)
     model = UNet(network).to(config.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     adam = torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.999))
     checkpoint = out.with_suffix(".checkpoint")
     settings = {**asdict(config), "sides": list(config.sides)}
-    about = {"task": task, "network": network.as_dict()}
-    first, curve, seconds = _resume(checkpoint, {**settings, **about}, model, adam)
+    about = {} if about is None else about
+    whole = {**settings, **about, "task": task, "network": network.as_dict()}
+    if not checkpoint.exists() and (made := finished(out, whole, part="fit", task=task)):
+        return {key: made[key] for key in ("curve", "fit", "seconds")}
+    first, curve, losses, seconds = _resume(checkpoint, whole, model, adam)
     started = saved = time.monotonic()
-    losses: list[float] = []
-    for step in range(first, config.steps):
-        for group in adam.param_groups:
-            group["lr"] = config.learning_rate * _schedule(step / config.steps)
-        batch = _draw_batch(training, config, step)
-        model.train()
-        loss = _loss(model, batch, config)
-        adam.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        adam.step()
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise InputError(out, f"the loss is not finite at step {step}", "lower the learning rate")
-        done = step + 1
-        if progress:
-            progress(done, config.steps, losses[-1])
-        if done % config.report_every == 0 or done == config.steps:
-            point: dict[str, float] = {"step": done, "loss": round(float(np.mean(losses)), 6)}
-            if held_out is not None:
-                point |= hole_errors(model, held_out, config)
-            curve.append(point)
-            losses = []
-        if time.monotonic() - saved > _CHECKPOINT_EVERY_S and not losses:
-            saved = time.monotonic()
-            _save(checkpoint, {**settings, **about}, model, adam, done, curve, seconds + saved - started)
+    with _held_signals() as stopped:
+        for step in range(first, config.steps):
+            for group in adam.param_groups:
+                group["lr"] = config.learning_rate * _schedule(step / config.steps)
+            batch = _draw_batch(training, config, step)
+            model.train()
+            loss = _loss(model, batch, config)
+            adam.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            adam.step()
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise InputError(out, f"the loss is not finite at step {step}", "lower the learning rate")
+            done = step + 1
+            if progress:
+                progress(done, config.steps, losses[-1])
+            if done % config.report_every == 0 or done == config.steps:
+                point: dict[str, float] = {"step": done, "loss": round(float(np.mean(losses)), 6)}
+                if held_out is not None:
+                    point |= hole_errors(model, held_out, config)
+                curve.append(point)
+                losses = []
+            if stopped or time.monotonic() - saved > _CHECKPOINT_EVERY_S:
+                saved = time.monotonic()
+                state = {"step": done, "curve": curve, "losses": losses, "seconds": seconds + saved - started}
+                _save(checkpoint, whole, model, adam, state)
+            if stopped:
+                break
     figures = {"curve": curve, "fit": settings, "seconds": round(seconds + time.monotonic() - started)}
-    write_weights(out, model, task=task, card={**card, **figures})
+    write_weights(out, model, task=task, card={**card, **about, **figures})
     checkpoint.unlink(missing_ok=True)
     return figures
 
@@ -197,7 +216,8 @@ def fit_on_cases(
         training=training,
         held_out=held_out,
         out=out,
-        card={**card, **about},
+        card=card,
+        about=about,
         progress=progress,
     )
 
@@ -254,33 +274,48 @@ def _schedule(t: float) -> float:
     return min(t / 0.03 + 0.01, 1.0) * 0.5 * (1 + math.cos(math.pi * t))
 
 
-def _save(
-    path: Path,
-    settings: dict[str, Any],
-    model: UNet,
-    adam: torch.optim.Adam,
-    step: int,
-    curve: list,
-    seconds: float,
-) -> None:
-    state = {"model": model.state_dict(), "adam": adam.state_dict(), "step": step, "curve": curve}
-    torch.save({**state, "settings": settings, "seconds": seconds}, path.with_suffix(".writing"))
+@contextmanager
+def _held_signals() -> Iterator[list[int]]:
+    """Yield a list that Ctrl-C and SIGTERM are noted in until the block ends; the first is raised again then."""
+    noted: list[int] = []
+
+    def note(number: int, _frame: Any) -> None:
+        if noted:  # asked twice
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if noted:
+        signal.raise_signal(noted[0])
+        raise KeyboardInterrupt
+
+
+def _save(path: Path, settings: dict[str, Any], model: UNet, adam: torch.optim.Adam, state: dict[str, Any]) -> None:
+    learned = {"model": model.state_dict(), "adam": adam.state_dict()}
+    torch.save({**learned, **state, "settings": settings}, path.with_suffix(".writing"))
     path.with_suffix(".writing").replace(path)
 
 
 def _resume(
     path: Path, settings: dict[str, Any], model: UNet, adam: torch.optim.Adam
-) -> tuple[int, list[dict[str, float]], float]:
+) -> tuple[int, list[dict[str, float]], list[float], float]:
     if not path.exists():
-        return 0, [], 0.0
+        return 0, [], [], 0.0
     try:
         state = torch.load(path, weights_only=True, map_location=next(model.parameters()).device)
         made = state["settings"]
     except (OSError, EOFError, KeyError, TypeError, RuntimeError, UnpicklingError) as error:
         raise InputError(path, f"the checkpoint is damaged ({type(error).__name__})", "remove it") from error
-    changed = sorted(k for k in settings if settings[k] != made.get(k, settings[k]))
-    if changed:
-        raise InputError(path, f"the checkpoint was made with other settings ({', '.join(changed)})", "remove it")
+    if changed := differing(made, settings):
+        raise InputError(path, f"the checkpoint is of another training ({changed})", "remove it")
     model.load_state_dict(state["model"])
     adam.load_state_dict(state["adam"])
-    return state["step"], state["curve"], state["seconds"]
+    return state["step"], state["curve"], state["losses"], state["seconds"]

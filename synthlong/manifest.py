@@ -130,7 +130,7 @@ def checked_id(source: Path, text: str, *, prefix: str = "sub-", where: str = ""
 
 
 def manifest_rows(
-    path: Path, *, needed: tuple[str, ...], optional: tuple[str, ...]
+    path: Path, *, needed: tuple[str, ...], optional: tuple[str, ...], existing: bool = True
 ) -> Iterator[tuple[str, str, dict[str, Path]]]:
     """Yield subject, session ("" if there is none) and files by column of each line of a manifest.
 
@@ -138,6 +138,7 @@ def manifest_rows(
         path: CSV file; paths in it are relative to it.
         needed: Columns that each line must fill in, beside `subject`.
         optional: Columns that it may.
+        existing: Whether a path that does not exist is refused here; else whoever reads the file says so.
 
     Raises:
         InputError: Not such a file; missing columns, unsafe ids, paths that do not exist.
@@ -176,14 +177,14 @@ def manifest_rows(
                     raise InputError(path, f"{where}'{role}' is empty", "fill it in, or remove the line")
                 continue
             files[role] = path.parent / text
-            if not os.path.lexists(files[role]):
+            if existing and not os.path.lexists(files[role]):
                 problem = f"'{short(path)}' line {number} names it, but it does not exist"
                 raise InputError(files[role], problem, "correct the path (relative to the manifest)")
         yield subject, session, files
 
 
 def _in_manifest(path: Path) -> Iterator[CaseFiles]:
-    for subject, session, files in manifest_rows(path, needed=_NEEDED, optional=_OPTIONAL):
+    for subject, session, files in manifest_rows(path, needed=_NEEDED, optional=_OPTIONAL, existing=False):
         yield CaseFiles(f"{subject}_ses-{session}" if session else subject, **files)
 
 

@@ -281,7 +281,7 @@ def _affine(path: Path, layout: _Layout, prefer: str | None) -> tuple[NDArray[np
     affine = np.asarray(affines[0] if affines else header.get_base_affine(), np.float64)
     if len(affines) == 2 and not (off := _corner_distance_mm(layout.shape, *affines)) <= _TOLERANCE_MM:
         problem = f"its sform and qform disagree by {off:.3g} mm"
-        raise InputError(path, problem, "pass --prefer sform or --prefer qform")
+        raise InputError(path, problem, "pass --prefer sform or --prefer qform, or correct its header")
     sides = np.linalg.norm(affine[:3, :3], axis=0)
     if not (np.isfinite(affine).all() and np.all((sides > 1e-3) & (sides < 1e3))):
         raise InputError(path, "its affine is not finite or has no plausible voxel size", "correct its header")

@@ -20,11 +20,13 @@ CSF, GRAY, WHITE = 1, 2, 3
 _CSF_FLOOR, _MATTER_FLOOR = 0.2, 0.05  # how much the scan may overrule the maps
 _ITERATIONS = 25
 _EVERY = 10
+_TOUCHED = 0.05  # of the largest cross-section
 
 
 def is_whole(brain: NDArray[np.bool_]) -> bool:
-    """Return whether no brain voxel lies on the border of the grid, so that nothing is cut off."""
-    return not any(np.take(brain, side, axis=axis).any() for axis in range(3) for side in (0, -1))
+    """Return whether the grid cuts nothing off: next to no brain lies at its border, as where it just fits."""
+    sections = [brain.sum(axis=tuple(a for a in range(3) if a != axis)) for axis in range(3)]
+    return all(max(areas[0], areas[-1]) <= _TOUCHED * areas.max() for areas in sections)
 
 
 def fitted_tissue_maps(brain: NDArray[np.bool_], affine: NDArray[np.float64]) -> tuple[NDArray[np.float32], ...]:

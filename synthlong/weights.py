@@ -97,6 +97,46 @@ def write_weights(path: Path, network: UNet, *, task: str, card: dict[str, Any])
     return sha256
 
 
+def finished(out: Path, settings: dict[str, Any], *, part: str, task: str) -> dict[str, Any] | None:
+    """Return the card of weights that are there already, made with the same settings; None: there are none.
+
+    Args:
+        out: The `.safetensors` file.
+        settings: What decides the weights; in the card under `part`, or beside it.
+        part: Name of the settings in the card.
+        task: What the weights must be for.
+
+    Raises:
+        InputError: There are weights or a JSON of another training, or of none, which must not be written over.
+    """
+    card = out.with_suffix(".json")
+    if not (out.exists() or card.exists()):
+        return None
+    way = "choose another name, or remove it"
+    try:
+        made: dict[str, Any] = json.loads(card.read_bytes())
+        done = {**{key: made.get(key) for key in settings}, **made[part]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        found = card if card.exists() else out
+        raise InputError(found, "is there already, and this training did not write it", way) from error
+    if not out.exists():
+        return None
+    if changed := differing(done, settings):
+        raise InputError(out, f"is there already, of another training ({changed})", way)
+    read_weights(out, task=task)
+    return made
+
+
+def differing(made: dict[str, Any], settings: dict[str, Any]) -> str:
+    """Return in words which settings differ from those made before; "": none."""
+    other = [key for key in sorted(settings) if settings[key] != made.get(key)]
+    return "; ".join(f"{key}: {_in_short(made.get(key))} -> {_in_short(settings[key])}" for key in other)
+
+
+def _in_short(value: Any) -> str:
+    return "others" if isinstance(value, dict) else str(value)
+
+
 def read_weights(path: Path, *, task: str | tuple[str, ...], shipped: bool = True) -> tuple[UNet, str]:
     """Read a network; strict about keys, shapes, dtype, finite values and, beside a card, its SHA-256.
 

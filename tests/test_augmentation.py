@@ -117,6 +117,24 @@ def test_sheet(bundled, tmp_path, name):
     assert again.read_bytes().replace(b"again-", b"") == page
 
 
+def test_noise_is_as_strong_however_much_background_a_head_has(tmp_path, write_volume):
+    rng = np.random.default_rng(0)
+    far = np.linalg.norm(np.indices((64, 64, 64)) - 31.5, axis=0)
+    head = np.where(far < 26, rng.normal(300, 15, far.shape), np.hypot(*rng.normal(0, 10, (2, *far.shape))))
+    for pad in (0, 8):
+        scan = write_volume(tmp_path / f"{pad}.nii.gz", np.pad(head, pad).astype(np.float32), np.eye(4))
+        augment(scan, tmp_path / "out.nii.gz", "noise", settings={"std": (0.1, 0.1)})
+        added = nib.load(tmp_path / "out.nii.gz").get_fdata() - np.pad(head, pad)
+        assert added.std() == pytest.approx(30, rel=0.03)
+
+
+def test_the_scan_itself_is_not_written_over(scan):
+    before = scan.read_bytes()
+    with pytest.raises(ConfigError, match=r"scan.nii.gz: is the scan itself"):
+        augment(scan, scan, "noise")
+    assert scan.read_bytes() == before
+
+
 def test_z_scored_scans_are_refused(tmp_path, write_volume):
     data = np.random.default_rng(0).normal(-1, 1, (16, 16, 16)).astype(np.float32)
     data[:8] = 0

@@ -48,6 +48,7 @@ def test_every_verb_explains_itself(verb, capsys):
         (["generate", CASES, "-o", "/proc/x", "--pairs", "1", "--seed", "1"], 3, "proc/x"),
         (["export", "nowhere", "-o", "x"], 1, "nowhere"),
         (["export", "nowhere", "-o", "x", "--pairs", "a"], 2, "--pairs a"),
+        (["export", "nowhere", "-o", "x", "--pairs", "2-1"], 2, "--pairs 2-1"),
         (["replay", "nowhere", "1", "-o", "x"], 1, "nowhere"),
         (["report", "nowhere", "-o", "x.html"], 1, "nowhere"),
         (["atlas", "nowhere.nii.gz", "-o", "x.nii.gz"], 1, "nowhere.nii.gz"),

@@ -1,5 +1,6 @@
 import json
 import re
+import signal
 import subprocess
 from dataclasses import replace
 
@@ -102,14 +103,54 @@ def test_an_interrupted_fit_goes_on_to_the_same_weights(train, monkeypatch):
         ({"config": replace(CONFIG, sides=(16, 20))}, "sides"),
         ({"task": "inpainter"}, "task"),
         ({"network": UNetConfig(3, 1, (8, 8))}, "network"),
+        ({"about": {"held_out": "cs19"}}, "held_out"),
     ],
 )
 def test_a_checkpoint_of_another_fit_is_refused(train, monkeypatch, changed, name):
     monkeypatch.setattr(fitting, "_CHECKPOINT_EVERY_S", 0)
     with pytest.raises(StopError):
         train("w", progress=stop_at(4))
-    with pytest.raises(InputError, match=rf"other settings \({name}\)"):
+    with pytest.raises(InputError, match=rf"of another training \({name}: "):
         train("w", **changed)
+
+
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_fit_saves_its_step_and_goes_on_to_the_same_bits(asked, train, tmp_path):
+    class Terminated(BaseException):
+        pass
+
+    def terminate(*_):
+        raise Terminated
+
+    def stop(done, *_):
+        if done == 3:
+            signal.raise_signal(asked)
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt if asked == signal.SIGINT else Terminated):
+            train("w", progress=stop)
+        assert signal.getsignal(signal.SIGTERM) is terminate
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupt)
+    assert torch.load(tmp_path / "w.checkpoint", weights_only=True)["step"] == 3
+    (path, figures), (other, whole) = train("w"), train("whole")
+    assert figures["curve"] == whole["curve"]
+    assert path.read_bytes() == other.read_bytes()
+
+
+def test_what_is_finished_stays(train, tmp_path):
+    path, figures = train("w")
+    files = {p: p.read_bytes() for p in (path, path.with_suffix(".json"))}
+    assert train("w", training=None)[1] == figures
+    with pytest.raises(InputError, match=r"w.safetensors: is there already, of another training \(seed: 0 -> 9\)"):
+        train("w", replace(CONFIG, seed=9))
+    assert files == {p: p.read_bytes() for p in files}
+    (tmp_path / "v.json").write_text("[]")
+    with pytest.raises(InputError, match=r"v.json: is there already, and this training did not write it"):
+        train("v", training=None)
 
 
 @pytest.mark.parametrize("keep", [0, 50, 2000])

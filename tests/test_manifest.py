@@ -5,7 +5,7 @@ import pytest
 
 from synthlong.atlas import ASSETS
 from synthlong.errors import InputError, InputWarning
-from synthlong.manifest import find_cases, read_cases
+from synthlong.manifest import find_cases, manifest_rows, read_cases
 
 SPACE = "space-MNI152"
 
@@ -160,8 +160,16 @@ def test_an_id_twice(folder, ids):
 
 def test_a_path_that_does_not_exist_is_named_with_its_line(folder):
     source = manifest(folder, "subject,flair,mask\nx,a.nii,m.nii\ny,a.nii,gone.nii\n")
-    error = refusal(source, "gone.nii", "'data/cases.csv' line 3", "correct the path")
-    assert error.path == folder / "gone.nii"
+    with pytest.raises(InputError, match=r"'data/cases.csv' line 3 names it.* correct the path") as error:
+        list(manifest_rows(source, needed=("flair", "mask"), optional=()))
+    assert error.value.path == folder / "gone.nii"
+
+
+def test_a_missing_file_is_a_matter_of_its_case(folder):
+    source = manifest(folder, "subject,flair,mask\nx,a.nii,m.nii\ny,a.nii,gone.nii\n")
+    assert [files.subject for files in find_cases(source)] == ["x", "y"]
+    with pytest.raises(InputError, match=r"gone.nii: cannot be read"):
+        find_cases(source)[1].hashes()
 
 
 @pytest.mark.parametrize("row", ["x,a.nii", "x,a.nii,", "x"])

@@ -9,7 +9,7 @@ from running import Here, bytes_of, put
 
 from synthlong import Recipe, ShardDataset
 from synthlong.dataset import run as module
-from synthlong.dataset.export import export_pairs
+from synthlong.dataset.export import export_pairs, write_pair
 from synthlong.dataset.plan import read_plan, source_of
 from synthlong.dataset.replay import replay
 from synthlong.dataset.run import generate
@@ -218,6 +218,13 @@ def test_export_is_bids_with_true_geometry(run, tmp_path):
     assert np.allclose(np.abs(np.linalg.det(image.affine)), 1)
     with pytest.raises(ConfigError, match=r"has pairs 0\.\.6, not 9"):
         export_pairs(run, tmp_path, numbers=[9])
+    export_pairs(run, tmp_path, numbers=[2])  # the same pair again
+    with pytest.raises(OutputError, match="another pair of this number is there; choose another folder"):
+        write_pair(tmp_path, 2, replay(run, 2, whole=True))
+    other = replay(run, 3)
+    with pytest.raises(OutputError, match="another pair"):
+        write_pair(tmp_path, 2, other)
+    np.testing.assert_array_equal(nib.load(image.get_filename()).get_fdata(dtype=np.float32), image.get_fdata())
 
 
 @pytest.mark.usefixtures("here")

@@ -69,10 +69,14 @@ def test_a_brain_that_reaches_the_border_is_not_whole(axis, side):
     brain = np.zeros((8, 9, 10), bool)
     brain[1:-1, 1:-1, 1:-1] = True
     assert is_whole(brain)
-    at = [4, 4, 4]
+    at = [slice(3, 6)] * 3
     at[axis] = side
     brain[tuple(at)] = True
     assert not is_whole(brain)
+    at[(axis + 1) % 3] = at[(axis + 2) % 3] = 4
+    touched = np.zeros((8, 9, 10), bool)
+    touched[1:-1, 1:-1, 1:-1] = touched[tuple(at)] = True
+    assert is_whole(touched)  # a grid that just fits
 
 
 def test_maps_of_a_box_are_cut_out_of_the_atlas():

@@ -13,8 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import synthlong
-from synthlong.dataset.plan import asset_hashes
+from synthlong.dataset.plan import asset_hashes, environment
 from synthlong.dataset.pool import Lost, Pool, count
 from synthlong.dataset.store import store_case, stored_stamp
 from synthlong.errors import InputError, InputWarning, OutputError, SynthlongError
@@ -92,7 +91,7 @@ def prepare_case(task: Preparation) -> Preparation:
         "assets": task.assets,
         "config": task.config.as_dict() | dict.fromkeys(task.assets),
         "prefer": task.prefer,
-        "version": synthlong.__version__,
+        **environment(task.config.device),
     }
     try:
         sources = task.files.hashes()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 
 from synthlong.dataset.shards import MASKS, ShardDataset, publish
-from synthlong.errors import ConfigError
+from synthlong.errors import ConfigError, OutputError
 from synthlong.nifti import write_nifti
 from synthlong.pair import Pair
 from synthlong.recipe import Recipe
@@ -55,6 +56,7 @@ def write_pair(out: Path, number: int, pair: Pair) -> Path:
         The subject's folder.
     """
     subject = f"sub-syn{number:04d}"
+    _check_same(out, subject, pair)
     for ses, image in (("1", pair.baseline), ("2", pair.followup)):
         write_nifti(
             _made(out / subject / f"ses-{ses}" / "anat") / f"{subject}_ses-{ses}_FLAIR.nii.gz", image, pair.affine
@@ -69,6 +71,17 @@ def write_pair(out: Path, number: int, pair: Pair) -> Path:
     _describe(out, "synthlong pairs", "raw")
     _describe(out / "derivatives" / "synthlong", "synthlong truth", "derivative")
     return out / subject
+
+
+def _check_same(out: Path, subject: str, pair: Pair) -> None:
+    """Raise an OutputError if another pair lies there under the same number."""
+    recipe = out / "derivatives" / "synthlong" / subject / f"{subject}_desc-recipe.json"
+    baseline = out / subject / "ses-1" / "anat" / f"{subject}_ses-1_FLAIR.nii.gz"
+    if recipe.exists() and (
+        recipe.read_text().strip() != pair.recipe.to_json()
+        or (baseline.exists() and nib.load(baseline).shape != pair.baseline.shape)
+    ):
+        raise OutputError(recipe, "another pair of this number is there", "choose another folder")
 
 
 def _made(folder: Path) -> Path:

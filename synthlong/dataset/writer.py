@@ -34,6 +34,7 @@ __all__ = [
     "canonical_json",
     "check_place",
     "encode_shard",
+    "make_place",
     "publish",
     "shard_name",
     "shard_path",
@@ -143,6 +144,12 @@ def encode_shard(
         for k, sample in enumerate(samples)
     ]
     return data, {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "n": n, "samples": records}
+
+
+def make_place(path: Path) -> None:
+    """Make the folder of a file that is to be written; see `check_place`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    check_place(path)
 
 
 def check_place(path: Path) -> None:

@@ -10,7 +10,6 @@ bit on one CPU thread.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import signal
@@ -36,14 +35,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from synthlong.dataset.prepared import plain_hash
-from synthlong.dataset.writer import check_place
 from synthlong.detection.networks import ConcatUNet, SegmentationUNet
 from synthlong.errors import InputError
 from synthlong.manifest import find_cases, manifest_rows
 from synthlong.networks import UNet, default_precision
 from synthlong.options import Options
 from synthlong.training.patches import PAIR, Drawn, Network, Patches, read_patches
-from synthlong.weights import read_weights, write_weights
+from synthlong.weights import differing, finished, write_weights
 
 __all__ = [
     "LAYOUTS",
@@ -55,7 +53,6 @@ __all__ = [
     "drawn_from",
     "errors_of",
     "fit",
-    "make_place",
     "predicted",
     "read_sides",
     "rng_at",
@@ -317,9 +314,10 @@ def fit(model: Training, out: Path, *, card: dict[str, Any], tensorboard: bool =
         InputError: The checkpoint is damaged or of another training, the loss is not finite; or `out` or its card
             is there already, and of another training.
     """
-    if done := _finished(out, model):
-        return done
     config, checkpoint = model.config, model.checkpoint
+    made = None if checkpoint.exists() else finished(out, model.settings, part="train", task=model.network.task)
+    if made is not None:
+        return {key: made[key] for key in ("curve", "best", "train", "seconds")}
     _check_resumable(checkpoint, model.stage, model.settings)
     with _quiet():
         trainer = lightning.Trainer(
@@ -348,30 +346,6 @@ def fit(model: Training, out: Path, *, card: dict[str, Any], tensorboard: bool =
         write_weights(out, model.network, task=model.network.task, card={**card, **model.about, **figures})
         checkpoint.unlink(missing_ok=True)
     return figures
-
-
-def _finished(out: Path, model: Training) -> dict[str, Any] | None:
-    """Return the figures of a training that is done: its card says the same settings, its weights can be read.
-
-    Raises:
-        InputError: There are weights or a JSON of another training, or of none.
-    """
-    card = out.with_suffix(".json")
-    if model.checkpoint.exists() or not (out.exists() or card.exists()):
-        return None
-    way = "choose another name, or remove it"
-    try:
-        made = json.loads(card.read_bytes())
-        done = {**made["train"], **{key: made.get(key) for key in model.about}}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        found = card if card.exists() else out
-        raise InputError(found, "is there already, and this training did not write it", way) from error
-    if not out.exists():
-        return None
-    if changed := _changed(done, model.settings):
-        raise InputError(out, f"is there already, of another training ({changed})", way)
-    read_weights(out, task=model.network.task)
-    return {key: made[key] for key in ("curve", "best", "train", "seconds")}
 
 
 class Ahead:
@@ -457,12 +431,6 @@ def checkpoint_of(out: Path) -> Path:
     return out.with_suffix(".checkpoint")
 
 
-def make_place(out: Path) -> None:
-    """Make the folder of the weights; raise an OutputError if they could not be written: before the work, not after."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    check_place(out)
-
-
 def source_sha256(source: Path, *, pairs: bool) -> str:
     """Return the SHA-256 of a run's index; of a manifest or folder of cases, a hash of all the files it lists.
 
@@ -500,14 +468,8 @@ def _check_resumable(path: Path, stage: str, settings: dict[str, Any]) -> None:
     except (OSError, EOFError, KeyError, TypeError, RuntimeError, UnpicklingError) as error:
         problem = f"the checkpoint is damaged or of another stage ({type(error).__name__})"
         raise InputError(path, problem, "remove it") from error
-    if changed := _changed(made, settings):
+    if changed := differing(made, settings):
         raise InputError(path, f"the checkpoint is of another training ({changed})", "remove it")
-
-
-def _changed(made: dict[str, Any], settings: dict[str, Any]) -> str:
-    """Return in words which settings differ; "": none."""
-    other = [key for key in sorted(settings) if settings[key] != made.get(key)]
-    return "; ".join(f"{key}: {made.get(key)} -> {settings[key]}" for key in other)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from synthlong.dataset.writer import make_place
 from synthlong.detection.networks import WIDEST_WINDOW, ConcatUNet, sees
 from synthlong.errors import ConfigError
 from synthlong.networks import UNetConfig, check_device
@@ -34,7 +35,6 @@ from synthlong.training.loop import (
     drawn_from,
     errors_of,
     fit,
-    make_place,
     predicted,
     read_sides,
     rng_at,

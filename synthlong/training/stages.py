@@ -25,6 +25,7 @@ from torch import Tensor
 from synthlong.dataset.plan import read_plan
 from synthlong.dataset.shards import subjects_of
 from synthlong.dataset.stream import PairStream
+from synthlong.dataset.writer import make_place
 from synthlong.detection.networks import SegmentationUNet, SiameseUNet
 from synthlong.errors import ConfigError
 from synthlong.manifest import CaseFiles, find_cases
@@ -38,7 +39,6 @@ from synthlong.training.loop import (
     checkpoint_of,
     drawn_from,
     fit,
-    make_place,
     read_sides,
     rng_at,
     seeded_weights,
