@@ -300,7 +300,7 @@ def read_mask(path: str | Path) -> tuple[str, Array]:
     mask = sample_map(volume.data > 0, volume.affine, MNI_SHAPE, mni_affine())
     if not mask.any():
         raise InputError(path, "no lesion on the MNI152 grid", "give lesion masks in MNI152 space")
-    found = re.match(r"sub-[A-Za-z0-9]+", Path(path).name)
+    found = re.match(r"sub-[^_.]+", Path(path).name)
     return (found.group() if found else str(path)), mask
 
 

@@ -8,6 +8,8 @@ from conftest import CROP
 from running import Here, bytes_of, put
 
 from synthlong import Recipe, ShardDataset
+from synthlong.artifacts import RandomAnisotropicDownsampling, RandomGaussianNoise
+from synthlong.artifacts.base import axial_axis
 from synthlong.dataset import run as module
 from synthlong.dataset.export import export_pairs, write_pair
 from synthlong.dataset.plan import read_plan, source_of
@@ -203,6 +205,19 @@ def test_preferred_orientation_is_part_of_the_run(manifest, tmp_path):
     sform = nib.load(manifest.parent / "cs07_FLAIR.nii.gz").affine
     corner = min(sform[0, 3], (sform @ (CROP[0] - 1, 0, 0, 1))[0])
     assert replay(tmp_path / "out", 0).recipe.origin_mm[0] == pytest.approx(corner + 3)
+
+
+def test_transforms_know_which_axis_of_a_turned_box_is_axial(run):
+    coarser, noise = RandomAnisotropicDownsampling(factor=(4, 4), axes="axial"), RandomGaussianNoise(std=(0, 0))
+    plain = ShardDataset(run)
+    axes = set()
+    for k, sample in enumerate(ShardDataset(run, transform=lambda s: coarser(noise(s)), seed=0)):
+        affine = Recipe.from_json(sample["recipe"]).affine
+        assert np.array_equal(sample["followup"].affine, affine)
+        rough = [[np.abs(np.diff(s["followup"][0], 2, axis=a)).mean() for a in range(3)] for s in (sample, plain[k])]
+        axes.add(axial_axis(affine))
+        assert np.argmin(np.divide(*rough)) == axial_axis(affine)
+    assert len(axes) > 1
 
 
 def test_export_is_bids_with_true_geometry(run, tmp_path):

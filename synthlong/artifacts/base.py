@@ -163,7 +163,7 @@ class _Transform(IntensityTransform):
         return floating and value.ndim == 4 and name not in (self.exclude or ())
 
     def _on_array(self, name: str, data: Any, chosen: Callable[[str], Params]) -> Any:
-        """Apply to a tensor or array; a subclass of tensor that knows its affine (MONAI's) keeps all it knows."""
+        """Apply to a tensor or array; a tensor that knows its affine (MONAI's, or by an attribute) keeps it."""
         if data.ndim not in (3, 4):
             problem = f"it must be (I, J, K) or (C, I, J, K), not {tuple(data.shape)}"
             raise ValueError(f"{_called(name)}{problem}")
@@ -175,6 +175,8 @@ class _Transform(IntensityTransform):
             return self._applied(name, torch.from_numpy(writeable), affine, chosen(name)).numpy()
         result = self._applied(name, data.as_subclass(Tensor), affine, chosen(name))
         if type(data) is Tensor:
+            if hasattr(data, "affine"):
+                result.affine = data.affine  # type: ignore[attr-defined]
             return result
         like = data.clone()
         like.as_subclass(Tensor).copy_(result)

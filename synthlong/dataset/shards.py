@@ -12,7 +12,7 @@ import operator
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,8 @@ class ShardDataset(Dataset[dict[str, Any]]):
     Args:
         out: Folder of a run.
         keys: Which entries to read; default all.
-        transform: Called with each sample's dict; its result is returned in its place.
+        transform: Called with each sample's dict; its result is returned in its place. Images have the attribute
+            `affine`, by which the transforms of this package know which axis is axial.
         seed: If given, `transform` runs with torch's generators seeded from `(seed, epoch, index)` and
             restored afterwards, so what it draws depends neither on workers nor on order.
         split: "train" or "validation", by source subject; None gives all samples.
@@ -129,6 +130,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
         sample = self._read(shard, position)
         if self.transform is None:
             return sample
+        tell_affine(sample, sample.get("recipe") or self._reader(shard).recipe(position))
         if self.seed is None:
             return self.transform(sample)
         with seeded(self.seed, int(self._epoch), int(self._shards["first"][shard]) + position):
@@ -233,6 +235,17 @@ def subjects_of(split: str | None, subjects: Sequence[str], *, fold: int, folds:
     dealt = sorted(subjects, key=lambda subject: hashlib.sha256(subject.encode()).digest())
     validation = set(dealt[fold::folds])
     return validation if split == "validation" else set(subjects) - validation
+
+
+def tell_affine(sample: dict[str, Any], recipe: str) -> None:
+    """Give the images of a sample the attribute `affine`, that of the recipe's box; none if it cannot be read."""
+    from synthlong.recipe import Recipe
+
+    images = [sample[name] for name in IMAGES if name in sample]
+    with suppress(ConfigError):  # a recipe of another version
+        affine = Recipe.from_json(recipe).affine if images else None
+        for image in images:
+            image.affine = affine
 
 
 @contextmanager

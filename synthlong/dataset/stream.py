@@ -23,7 +23,7 @@ from synthlong.case import Case
 from synthlong.dataset.cases import check_assets, synthesis_of
 from synthlong.dataset.plan import asset_hashes
 from synthlong.dataset.prepared import PreparedCases, plain_hash
-from synthlong.dataset.shards import IMAGES, VOLUMES, seeded
+from synthlong.dataset.shards import IMAGES, VOLUMES, seeded, tell_affine
 from synthlong.errors import ConfigError, SynthlongError
 from synthlong.inpainting import Inpainter, heal
 from synthlong.lesions import LesionBank
@@ -56,7 +56,8 @@ class PairStream(IterableDataset[dict[str, Any]]):
             the pairs that are left over, fewer than `batch_size * world_size`, are not made in that epoch. One
             rank gets them all, its last batch may be smaller.
         keys: Entries of a sample; default all.
-        transform: Called with each sample's dict; its result is returned in its place. It runs with torch's
+        transform: Called with each sample's dict, whose images have the attribute `affine`; its result is returned in
+            its place. It runs with torch's
             generators seeded from `(seed, epoch, pair)` and restored afterwards, and with one torch thread.
         batch_size: Of the loader.
         rank: Of this process among those that share an epoch; default: as `torch.distributed` says when a pass
@@ -192,6 +193,7 @@ class PairStream(IterableDataset[dict[str, Any]]):
                 sample[key] = recipe.to_json() if key == "recipe" else _tensor(getattr(pair, key), key, index, case.id)
             if self.transform is None:
                 return sample
+            tell_affine(sample, recipe.to_json())
             with seeded(self.seed, epoch, index):
                 return self.transform(sample)
 
