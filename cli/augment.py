@@ -6,6 +6,8 @@ from pathlib import Path
 
 import typer
 
+from .options import Prefer
+
 
 def augment(
     scan: Path = typer.Argument(..., help="NIfTI file."),
@@ -19,6 +21,7 @@ def augment(
     settings: list[str] = typer.Option(
         [], "--set", help="key=value, e.g. degrees=5 (draws from -5..5) or degrees=5,5 (is 5); can be repeated."
     ),
+    prefer: Prefer = typer.Option(None, help="Which of two disagreeing orientations to use."),
 ) -> None:
     """Put one MRI artifact on a scan; the header's geometry is kept."""
     import json
@@ -27,11 +30,13 @@ def augment(
     from synthlong.augmentation import contact_sheet, setting_of
     from synthlong.errors import ConfigError
 
+    chosen = prefer.value if prefer else None
     if artifact == "all":
         if settings:
             raise ConfigError("--set: --artifact all takes none; name one artifact")
-        captions = contact_sheet(scan, out, seed=seed)
+        captions = contact_sheet(scan, out, seed=seed, prefer=chosen)
         typer.echo("\n".join(f"{n // 4 + 1}.{n % 4 + 1}  {text}" for n, text in enumerate(captions)))
         return
-    params = put(scan, out, artifact, seed=seed, settings=dict(setting_of(text) for text in settings))
+    drawn = dict(setting_of(text) for text in settings)
+    params = put(scan, out, artifact, seed=seed, settings=drawn, prefer=chosen)
     typer.echo(f"{out.name}: {artifact} {json.dumps(params)}")

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import typer
 
+from .options import Prefer
+
 
 class Task(StrEnum):
     """The two synthesis networks."""
@@ -32,6 +34,7 @@ def fit(
     precision: str = typer.Option("auto", help="bf16, float32 or auto."),
     loss: str = typer.Option("mse", help="mse, or charbonnier: linear for large errors."),
     licence: str = typer.Option("unknown", help="Licence of the data, for the card."),
+    prefer: Prefer = typer.Option(None, help="Which of two disagreeing orientations to use."),
 ) -> None:
     """Train a synthesis network on single-visit scans with lesion masks.
 
@@ -68,11 +71,12 @@ def fit(
     words += ["--patches", str(patches)] if patches != 16 else []
     words += ["--loss", loss] if loss != "mse" else []
     words += ["--hold-out", hold_out] if hold_out else []
+    words += ["--prefer", prefer.value] if prefer else []
     card = {"command": shlex.join(words), "licence": licence, "version": synthlong.__version__, "commit": commit()}
     with progress_bar() as show:
         figures = fit_on_cases(
             task.value,
-            list(read_cases(cases)),
+            list(read_cases(cases, prefer=prefer.value if prefer else None)),
             out,
             config=config,
             hold_out=hold_out,

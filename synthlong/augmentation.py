@@ -42,7 +42,13 @@ _COLUMNS = 4
 
 
 def augment(
-    scan: Path, out: Path, artifact: str, *, seed: int = 0, settings: dict[str, Any] | None = None
+    scan: Path,
+    out: Path,
+    artifact: str,
+    *,
+    seed: int = 0,
+    settings: dict[str, Any] | None = None,
+    prefer: str | None = None,
 ) -> dict[str, Any]:
     """Write a scan with one artifact: float32, with the header's geometry kept digit by digit.
 
@@ -55,6 +61,7 @@ def augment(
         artifact: One of `ARTIFACTS`.
         seed: Of what is drawn.
         settings: Arguments of the transform.
+        prefer: "sform" or "qform" where the file's two disagree.
 
     Returns:
         The parameters drawn, plain JSON.
@@ -69,20 +76,21 @@ def augment(
     if out.resolve() == scan.resolve():
         raise ConfigError(f"{out.name}: is the scan itself; choose another name")
     transform = _built(artifact, settings or {})
-    volume = read_nifti(scan)
+    volume = read_nifti(scan, prefer=prefer)
     unit = _unit_of(volume)
     params = transform.draw_params(np.random.default_rng(np.random.SeedSequence(seed)))
     write_nifti(out, _applied(transform, params, volume, unit) * unit, volume.affine, like=volume)
     return params
 
 
-def contact_sheet(scan: Path, out: Path, *, seed: int = 0) -> list[str]:
+def contact_sheet(scan: Path, out: Path, *, seed: int = 0, prefer: str | None = None) -> list[str]:
     """Write a picture of the scan's middle slice with each artifact: `.png`, or `.html` with captions.
 
     Args:
         scan: NIfTI file, 3-D.
         out: File to write.
         seed: Of what is drawn.
+        prefer: "sform" or "qform" where the file's two disagree.
 
     Returns:
         The caption of each picture, row by row, four a row.
@@ -94,7 +102,7 @@ def contact_sheet(scan: Path, out: Path, *, seed: int = 0) -> list[str]:
     """
     if out.suffix not in (".png", ".html"):
         raise ConfigError(f"{out.name}: the sheet of all artifacts needs an output that ends in .html or .png")
-    shown = list(_pictures(read_nifti(scan), seed))
+    shown = list(_pictures(read_nifti(scan, prefer=prefer), seed))
     if out.suffix == ".html":
         page = _page(scan.name, shown).encode()
     else:

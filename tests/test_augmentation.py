@@ -128,6 +128,18 @@ def test_noise_is_as_strong_however_much_background_a_head_has(tmp_path, write_v
         assert added.std() == pytest.approx(30, rel=0.03)
 
 
+def test_prefer_decides_between_two_orientations(scan, tmp_path, capsys):
+    image = nib.load(scan)
+    moved = image.affine.copy()
+    moved[0, 3] += 2
+    image.set_sform(moved, 2)
+    nib.save(image, tmp_path / "two.nii.gz")
+    words = ["augment", str(tmp_path / "two.nii.gz"), "-o", str(tmp_path / "out.nii.gz"), "--artifact", "noise"]
+    assert main(words) == 1
+    assert "pass --prefer sform or --prefer qform" in capsys.readouterr().err
+    assert main([*words, "--prefer", "qform"]) == 0
+
+
 def test_the_scan_itself_is_not_written_over(scan):
     before = scan.read_bytes()
     with pytest.raises(ConfigError, match=r"scan.nii.gz: is the scan itself"):
