@@ -161,11 +161,14 @@ def _unit_of(volume: Volume) -> float:
     tissue = volume.data[volume.data != 0]
     bound = tissue.mean(dtype=np.float64)
     for _ in range(_ROUNDS):
-        dark, bright = tissue[tissue <= bound], tissue[tissue > bound]
-        if not dark.size or not bright.size:
+        bright = tissue > bound
+        if not bright.any():
             break
-        bound = (dark.mean(dtype=np.float64) + bright.mean(dtype=np.float64)) / 2
-    unit = mode_of(tissue[tissue > bound] if (tissue > bound).any() else tissue)
+        before, bound = bound, (tissue[~bright].mean(dtype=np.float64) + tissue[bright].mean(dtype=np.float64)) / 2
+        if bound == before:
+            break
+    bright = tissue > bound
+    unit = mode_of(tissue[bright] if bright.any() else tissue)
     if not unit > 0:
         problem = f"its most frequent intensity is {unit:.3g}, which cannot serve as unit"
         raise InputError(volume.path, problem, "give a scan that is not z-scored")

@@ -11,11 +11,8 @@ does not outweigh the tissue.
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -33,7 +30,8 @@ from synthlong.errors import ConfigError, InputError
 from synthlong.lesions import read_bank
 from synthlong.networks import UNet, UNetConfig, check_device, default_precision, infer
 from synthlong.sampling import Sample
-from synthlong.weights import differing, finished, write_weights
+from synthlong.signals import held_signals
+from synthlong.weights import checkpoint_of, differing, finished, write_weights
 
 __all__ = ["FitConfig", "Sampler", "fit", "fit_on_cases", "hole_errors"]
 
@@ -127,15 +125,15 @@ def fit(
     torch.manual_seed(config.seed)
     model = UNet(network).to(config.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     adam = torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.999))
-    checkpoint = out.with_suffix(".checkpoint")
+    checkpoint = checkpoint_of(out)
     settings = {**asdict(config), "sides": list(config.sides)}
     about = {} if about is None else about
     whole = {**settings, **about, "task": task, "network": network.as_dict()}
-    if not checkpoint.exists() and (made := finished(out, whole, part="fit", task=task)):
+    if made := finished(out, whole, part="fit", task=task):
         return {key: made[key] for key in ("curve", "fit", "seconds")}
     first, curve, losses, seconds = _resume(checkpoint, whole, model, adam)
     started = saved = time.monotonic()
-    with _held_signals() as stopped:
+    with held_signals() as stopped:
         for step in range(first, config.steps):
             for group in adam.param_groups:
                 group["lr"] = config.learning_rate * _schedule(step / config.steps)
@@ -272,30 +270,6 @@ def _loss(model: UNet, batch: list[Tensor], config: FitConfig) -> Tensor:
 
 def _schedule(t: float) -> float:
     return min(t / 0.03 + 0.01, 1.0) * 0.5 * (1 + math.cos(math.pi * t))
-
-
-@contextmanager
-def _held_signals() -> Iterator[list[int]]:
-    """Yield a list that Ctrl-C and SIGTERM are noted in until the block ends; the first is raised again then."""
-    noted: list[int] = []
-
-    def note(number: int, _frame: Any) -> None:
-        if noted:  # asked twice
-            raise KeyboardInterrupt
-        noted.append(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield noted
-        return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if noted:
-        signal.raise_signal(noted[0])
-        raise KeyboardInterrupt
 
 
 def _save(path: Path, settings: dict[str, Any], model: UNet, adam: torch.optim.Adam, state: dict[str, Any]) -> None:

@@ -97,8 +97,15 @@ def write_weights(path: Path, network: UNet, *, task: str, card: dict[str, Any])
     return sha256
 
 
+def checkpoint_of(out: Path) -> Path:
+    """Return where the state of a training lies until its weights are written to `out`."""
+    return out.with_suffix(".checkpoint")
+
+
 def finished(out: Path, settings: dict[str, Any], *, part: str, task: str) -> dict[str, Any] | None:
-    """Return the card of weights that are there already, made with the same settings; None: there are none.
+    """Return the card of weights that are there already, made with the same settings.
+
+    None: there are none, or a checkpoint to go on from.
 
     Args:
         out: The `.safetensors` file.
@@ -110,7 +117,7 @@ def finished(out: Path, settings: dict[str, Any], *, part: str, task: str) -> di
         InputError: There are weights or a JSON of another training, or of none, which must not be written over.
     """
     card = out.with_suffix(".json")
-    if not (out.exists() or card.exists()):
+    if checkpoint_of(out).exists() or not (out.exists() or card.exists()):
         return None
     way = "choose another name, or remove it"
     try:

@@ -8,6 +8,8 @@ import time
 import warnings
 from contextlib import contextmanager, suppress
 
+import pytest
+
 from synthlong.dataset.run import forget, generate
 from synthlong.errors import InputWarning
 from synthlong.networks import one_thread
@@ -55,6 +57,38 @@ def made(manifest, name, **options):
         warnings.simplefilter("ignore", InputWarning)
         generate(manifest, manifest.parent / name, **options)
     return bytes_of(manifest.parent / name)
+
+
+class Terminated(BaseException):
+    """What SIGTERM raises, as in the command line."""
+
+
+def asking_to_stop(asked, *, at):
+    """Return a progress callback that sends a signal at a step."""
+
+    def progress(done, *_):
+        if done == at:
+            signal.raise_signal(asked)
+
+    return progress
+
+
+@contextmanager
+def stopped(asked):
+    """Expect that the block ends by what the signal's handler raises, with the handlers back in place."""
+
+    def terminate(*_):
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt if asked == signal.SIGINT else Terminated):
+            yield
+        assert signal.getsignal(signal.SIGTERM) is terminate
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupt)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from running import asking_to_stop, stopped
 from synthlong_cli import fit as verb
 
 from synthlong import fitting
@@ -116,25 +117,8 @@ def test_a_checkpoint_of_another_fit_is_refused(train, monkeypatch, changed, nam
 
 @pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_fit_saves_its_step_and_goes_on_to_the_same_bits(asked, train, tmp_path):
-    class Terminated(BaseException):
-        pass
-
-    def terminate(*_):
-        raise Terminated
-
-    def stop(done, *_):
-        if done == 3:
-            signal.raise_signal(asked)
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt if asked == signal.SIGINT else Terminated):
-            train("w", progress=stop)
-        assert signal.getsignal(signal.SIGTERM) is terminate
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        signal.signal(signal.SIGINT, interrupt)
+    with stopped(asked):
+        train("w", progress=asking_to_stop(asked, at=3))
     assert torch.load(tmp_path / "w.checkpoint", weights_only=True)["step"] == 3
     (path, figures), (other, whole) = train("w"), train("whole")
     assert figures["curve"] == whole["curve"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from running import started, wait_for
+from running import asking_to_stop, started, stopped, wait_for
 from torch.nn import functional as F
 from training import write_balls
 
@@ -204,28 +204,11 @@ def test_ctrl_c_is_not_swallowed(run, tmp_path):
 
 @pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_training_saves_its_step_and_goes_on_to_the_same_bits(asked, run, tmp_path):
-    class Terminated(BaseException):
-        pass
-
-    def terminate(*_):
-        raise Terminated
-
-    def stop(done, *_):
-        if done == 3:
-            signal.raise_signal(asked)
-
     config = replace(CONFIG, checkpoint_every=100)
     outs = [tmp_path / f"{name}.safetensors" for name in ("whole", "cut")]
     train(run, outs[0], config)
-    before = signal.signal(signal.SIGTERM, terminate)
-    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt if asked == signal.SIGINT else Terminated):
-            train(run, outs[1], config, progress=stop)
-        assert signal.getsignal(signal.SIGTERM) is terminate
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        signal.signal(signal.SIGINT, interrupt)
+    with stopped(asked):
+        train(run, outs[1], config, progress=asking_to_stop(asked, at=3))
     assert torch.load(tmp_path / "cut.checkpoint", weights_only=True)["global_step"] == 3
     train(run, outs[1], config)
     assert outs[0].read_bytes() == outs[1].read_bytes()

@@ -130,7 +130,12 @@ class ShardDataset(Dataset[dict[str, Any]]):
         sample = self._read(shard, position)
         if self.transform is None:
             return sample
-        tell_affine(sample, sample.get("recipe") or self._reader(shard).recipe(position))
+        if not set(self.keys).isdisjoint(IMAGES):
+            from synthlong.recipe import Recipe
+
+            recipe = sample.get("recipe") or self._reader(shard).recipe(position)
+            with suppress(ConfigError):  # a recipe of another version
+                tell_affine(sample, Recipe.from_json(recipe).affine)
         if self.seed is None:
             return self.transform(sample)
         with seeded(self.seed, int(self._epoch), int(self._shards["first"][shard]) + position):
@@ -237,15 +242,11 @@ def subjects_of(split: str | None, subjects: Sequence[str], *, fold: int, folds:
     return validation if split == "validation" else set(subjects) - validation
 
 
-def tell_affine(sample: dict[str, Any], recipe: str) -> None:
-    """Give the images of a sample the attribute `affine`, that of the recipe's box; none if it cannot be read."""
-    from synthlong.recipe import Recipe
-
-    images = [sample[name] for name in IMAGES if name in sample]
-    with suppress(ConfigError):  # a recipe of another version
-        affine = Recipe.from_json(recipe).affine if images else None
-        for image in images:
-            image.affine = affine
+def tell_affine(sample: dict[str, Any], affine: NDArray[np.float64]) -> None:
+    """Give the images of a sample the attribute `affine`."""
+    for name in IMAGES:
+        if name in sample:
+            sample[name].affine = affine
 
 
 @contextmanager

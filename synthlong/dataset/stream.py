@@ -57,8 +57,8 @@ class PairStream(IterableDataset[dict[str, Any]]):
             rank gets them all, its last batch may be smaller.
         keys: Entries of a sample; default all.
         transform: Called with each sample's dict, whose images have the attribute `affine`; its result is returned in
-            its place. It runs with torch's
-            generators seeded from `(seed, epoch, pair)` and restored afterwards, and with one torch thread.
+            its place. It runs with torch's generators seeded from `(seed, epoch, pair)` and restored afterwards, and
+            with one torch thread.
         batch_size: Of the loader.
         rank: Of this process among those that share an epoch; default: as `torch.distributed` says when a pass
             begins, alone if it is not initialised.
@@ -193,7 +193,7 @@ class PairStream(IterableDataset[dict[str, Any]]):
                 sample[key] = recipe.to_json() if key == "recipe" else _tensor(getattr(pair, key), key, index, case.id)
             if self.transform is None:
                 return sample
-            tell_affine(sample, recipe.to_json())
+            tell_affine(sample, recipe.affine)
             with seeded(self.seed, epoch, index):
                 return self.transform(sample)
 

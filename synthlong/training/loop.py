@@ -40,6 +40,7 @@ from synthlong.errors import InputError
 from synthlong.manifest import find_cases, manifest_rows
 from synthlong.networks import UNet, default_precision
 from synthlong.options import Options
+from synthlong.signals import hold_signals
 from synthlong.training.patches import PAIR, Drawn, Network, Patches, read_patches
 from synthlong.weights import differing, finished, write_weights
 
@@ -49,7 +50,6 @@ __all__ = [
     "Ahead",
     "Training",
     "TrainingConfig",
-    "checkpoint_of",
     "drawn_from",
     "errors_of",
     "fit",
@@ -156,7 +156,7 @@ class Training(lightning.LightningModule):
 
     Attributes:
         stage: Name of the training, in its checkpoints.
-        stopped_by: The signal that ended it between two steps, saved.
+        stopped_by: The signal that ended it between two steps, saved; else nothing.
     """
 
     stage: str
@@ -176,7 +176,7 @@ class Training(lightning.LightningModule):
         self.curve: list[dict[str, float]] = []
         self.best: dict[str, Tensor] = {}
         self._losses: list[float] = []
-        self.stopped_by: int | None = None
+        self.stopped_by: list[int] = []
         self._before_s, self._started_s = 0.0, time.monotonic()
 
     @abstractmethod
@@ -208,15 +208,8 @@ class Training(lightning.LightningModule):
 
     def on_train_start(self) -> None:
         """Hold Ctrl-C and SIGTERM back until a step is done and saved; Lightning puts their handlers back."""
-
-        def hold(number: int, _frame: Any) -> None:
-            if self.stopped_by is not None:  # asked twice
-                raise KeyboardInterrupt
-            self.stopped_by = number
-
-        if self.config.ranks == 1 and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, hold)
+        if self.config.ranks == 1:
+            hold_signals(self.stopped_by)
 
     def train_dataloader(self) -> Iterable[tuple[Tensor, ...]]:
         """Return the batches of each step from the one at which the training begins or goes on."""
@@ -252,12 +245,12 @@ class Training(lightning.LightningModule):
             self._progress(done, config.steps, self._losses[-1])
         if done % config.report_every == 0 or done == config.steps:
             self._report(done)
-        if done % config.checkpoint_every == 0 or self.stopped_by is not None:
+        if done % config.checkpoint_every == 0 or self.stopped_by:
             writing = self.checkpoint.with_suffix(".writing")
             self.trainer.save_checkpoint(writing)
             if self.trainer.is_global_zero:
                 writing.replace(self.checkpoint)
-        if self.stopped_by is not None:
+        if self.stopped_by:
             raise KeyboardInterrupt
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -315,8 +308,7 @@ def fit(model: Training, out: Path, *, card: dict[str, Any], tensorboard: bool =
             is there already, and of another training.
     """
     config, checkpoint = model.config, model.checkpoint
-    made = None if checkpoint.exists() else finished(out, model.settings, part="train", task=model.network.task)
-    if made is not None:
+    if made := finished(out, model.settings, part="train", task=model.network.task):
         return {key: made[key] for key in ("curve", "best", "train", "seconds")}
     _check_resumable(checkpoint, model.stage, model.settings)
     with _quiet():
@@ -337,8 +329,8 @@ def fit(model: Training, out: Path, *, card: dict[str, Any], tensorboard: bool =
         try:
             trainer.fit(model, ckpt_path=checkpoint if checkpoint.exists() else None)
         except SystemExit as stop:  # what Lightning makes of a KeyboardInterrupt
-            if model.stopped_by is not None:
-                signal.raise_signal(model.stopped_by)  # whose handler is again that of the caller
+            if model.stopped_by:
+                signal.raise_signal(model.stopped_by[0])  # whose handler is again that of the caller
             raise KeyboardInterrupt from stop
     figures = {"curve": model.curve, "best": model.best_point, "train": config.as_dict(), "seconds": model.seconds()}
     if trainer.is_global_zero:
@@ -424,11 +416,6 @@ def drawn_from(held_out: Patches | None, config: TrainingConfig, positive_share:
         return None
     rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(_VALIDATION,)))
     return held_out.draw(rng, config.validation_patches, round(positive_share * config.validation_patches))
-
-
-def checkpoint_of(out: Path) -> Path:
-    """Return where the state of a training lies until its weights are written to `out`."""
-    return out.with_suffix(".checkpoint")
 
 
 def source_sha256(source: Path, *, pairs: bool) -> str:

@@ -31,7 +31,6 @@ from synthlong.training.loop import (
     Ahead,
     Training,
     TrainingConfig,
-    checkpoint_of,
     drawn_from,
     errors_of,
     fit,
@@ -41,6 +40,7 @@ from synthlong.training.loop import (
     seeded_weights,
 )
 from synthlong.training.patches import Drawn, Patches
+from synthlong.weights import checkpoint_of
 
 __all__ = ["Ohem", "OhemConfig", "train_ohem"]
 

@@ -36,7 +36,6 @@ from synthlong.training.loop import (
     Ahead,
     Training,
     TrainingConfig,
-    checkpoint_of,
     drawn_from,
     fit,
     read_sides,
@@ -45,7 +44,7 @@ from synthlong.training.loop import (
     source_sha256,
 )
 from synthlong.training.patches import Drawn, Network, Patches, check_folds
-from synthlong.weights import read_weights
+from synthlong.weights import checkpoint_of, read_weights
 
 __all__ = [
     "FinetuneConfig",
