@@ -19,15 +19,18 @@ from numpy.typing import NDArray
 
 from synthlong.case import Case
 from synthlong.comparison import CopyPainter, EllipsoidPainter, donor_of, shapes_for
+from synthlong.derived import lesions_of
 from synthlong.errors import InputError
+from synthlong.event import LesionEvent
 from synthlong.flow import flow_field, flow_weight
 from synthlong.hole import REACH, faded, soft_hole
 from synthlong.inpainting import crop
 from synthlong.lesions import LesionBank, LesionMap, core, read_bank
+from synthlong.orientation import Orientation
 from synthlong.placement import allowed_of, site_mask
 from synthlong.profile import Profile
 from synthlong.protocol import toned
-from synthlong.recipe import LesionEvent, Orientation, Recipe, lesions_of
+from synthlong.recipe import Recipe
 from synthlong.resampling import SHIFT_REACH, shifted
 from synthlong.tissue import GRAY
 

@@ -19,6 +19,7 @@ from synthlong.atlas import lesion_prior
 from synthlong.dataset.plan import read_plan
 from synthlong.dataset.shards import SCHEMA, Index, ShardDataset, publish
 from synthlong.errors import ConfigError
+from synthlong.event import LesionEvent
 from synthlong.pair import ENLARGED, NEW, SHRUNK, STABLE, VANISHED
 from synthlong.pictures import (
     COLOURS,
@@ -31,7 +32,7 @@ from synthlong.pictures import (
     png_bytes,
     upright,
 )
-from synthlong.recipe import LesionEvent, Recipe
+from synthlong.recipe import Recipe
 
 __all__ = ["write_report"]
 

@@ -125,8 +125,7 @@ def roughen(x: NDArray[np.float32], weight: NDArray, texture: Texture, *, seed: 
         texture: Of the tissue around.
         seed: Seed of the noise.
     """
-    there = ndimage.gaussian_filter((x - ndimage.gaussian_filter(x, _SMOOTH)) ** 2, _AROUND)
-    lacking = np.sqrt(np.maximum(texture.sd**2 - there, 0))
+    lacking = np.sqrt(np.maximum(texture.sd**2 - _grain_in_fill(x, weight), 0))
     return _added(x, weight, lacking * texture.noise(x.shape, seed))
 
 
@@ -154,6 +153,22 @@ def mottle(
     even = share * texture.share * texture.noise(x.shape, seed) + np.sqrt(1 - share**2) * coarse / coarse.std()
     skewed = (np.exp(_SKEW * even - 0.5 * _SKEW**2) - 1) / np.sqrt(np.expm1(_SKEW**2))
     return _added(x, weight, np.sqrt(lacking) * skewed)
+
+
+def _grain_in_fill(x: NDArray, weight: NDArray) -> NDArray:
+    """Return the variance that a fill has about its local mean, around each voxel.
+
+    It is that of the whole hole: at its soft edge lies the tissue's own grain, which fades by itself. Nor do CSF and
+    background beside it count: a wall is no grain.
+    """
+    rest = x - _local_mean(x, (x >= FLUID) | (weight > 0), _SMOOTH)
+    return _local_mean(rest**2, weight >= 1, _AROUND)
+
+
+def _local_mean(x: NDArray, where: NDArray[np.bool_], width: float) -> NDArray:
+    """Return the mean over the voxels `where`, under a Gaussian; 0 far from all of them."""
+    counts = ndimage.gaussian_filter(where.astype(np.float32), width)
+    return ndimage.gaussian_filter(np.where(where, x, 0), width) / np.maximum(counts, 1e-6)
 
 
 def _added(x: NDArray[np.float32], weight: NDArray, grain: NDArray) -> NDArray[np.float32]:

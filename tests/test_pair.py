@@ -6,12 +6,15 @@ import torch
 from scipy import ndimage
 
 from synthlong.artifacts import acquire
+from synthlong.derived import lesions_of
 from synthlong.errors import InputError
+from synthlong.event import LesionEvent
 from synthlong.hole import REACH, soft_hole
 from synthlong.lesions import core, read_bank
+from synthlong.orientation import Orientation
 from synthlong.pair import render
 from synthlong.placement import allowed_of, site_mask
-from synthlong.recipe import Artifacts, Box, LesionEvent, Orientation, Recipe, draw_recipe, lesions_of, rng_of
+from synthlong.recipe import Artifacts, Box, Recipe, draw_recipe, rng_of
 from synthlong.resampling import shifted
 from synthlong.synthesis import SynthesisConfig
 

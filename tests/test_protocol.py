@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from synthlong.derived import scaling_of
 from synthlong.pair import render
 from synthlong.protocol import AS_IT_IS, toned
-from synthlong.recipe import Recipe, draw_recipe, rng_of, scaling_of
+from synthlong.recipe import Recipe, draw_recipe, rng_of
 from synthlong.synthesis import SynthesisConfig
 
 grays = st.lists(st.floats(0, 3, width=32), min_size=2, max_size=30).map(lambda v: np.array(v, np.float32))

@@ -8,11 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from synthlong.derived import lesions_of
 from synthlong.errors import ConfigError
+from synthlong.event import LesionEvent
 from synthlong.lesions import core, read_bank
+from synthlong.orientation import Orientation
 from synthlong.placement import Site, allowed_of, site_mask
 from synthlong.profile import Profile
-from synthlong.recipe import Artifacts, Box, LesionEvent, Orientation, Recipe, draw_recipe, lesions_of, rng_of
+from synthlong.recipe import Artifacts, Box, Recipe, draw_recipe, rng_of
 from synthlong.synthesis import SynthesisConfig
 
 DEFAULT = SynthesisConfig()

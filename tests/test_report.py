@@ -16,9 +16,11 @@ import pytest
 from synthlong.dataset.plan import adopt_plan, make_plan
 from synthlong.dataset.shards import Sample, write_index, write_shard
 from synthlong.errors import ConfigError, InputError
+from synthlong.event import LesionEvent
+from synthlong.orientation import Orientation
 from synthlong.placement import Site
 from synthlong.profile import Profile
-from synthlong.recipe import Box, LesionEvent, Orientation, Recipe
+from synthlong.recipe import Box, Recipe
 from synthlong.report import _changes, _chosen, _data_uri, write_report
 from synthlong.synthesis import SynthesisConfig
 

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from synthlong import pair, recipe
+from synthlong import derived, pair
 from synthlong.dataset import run
 from synthlong.dataset.store import open_case, store_case, stored_stamp
 from synthlong.pair import render
@@ -37,7 +37,7 @@ def test_a_stored_case_gives_the_same_pairs_without_working_anything_out(small_c
     def forbidden(*_, **__):
         raise AssertionError("worked out again")
 
-    for module, name in ((recipe, "find_lesions"), (recipe, "find_placements"), (recipe, "grown_box")):
+    for module, name in ((derived, "find_lesions"), (derived, "find_placements"), (derived, "grown_box")):
         monkeypatch.setattr(module, name, forbidden)
     case = open_case(stored, CONFIG)
     for k, (drawn, made) in enumerate(wanted):

@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from synthlong.hole import first_guess, soft_hole
+from synthlong.profile import depth_in
 from synthlong.texture import Texture, mottle, roughen, texture_of
 
 
@@ -89,3 +91,33 @@ def test_grain_fills_up_what_has_faded_at_a_soft_edge():
     grain = mottle(x, weight, texture, spread=spread, there=np.zeros_like(x), seed=2) - x
     total = np.sqrt(grain.std(axis=(1, 2)) ** 2 + (0.1 * own[:, 0, 0]) ** 2)
     assert total == pytest.approx(np.full(64, 0.1), rel=0.3)
+
+
+def spread_about_mean(x, where):
+    return float((x - ndimage.gaussian_filter(x, 1.5))[where].std())
+
+
+@pytest.mark.parametrize("radius", [1.5, 3, 6])
+def test_roughen_fills_up_the_soft_edge_of_a_hole(radius):
+    ball = np.linalg.norm(np.indices((32, 32, 32)) - 16, axis=0) <= radius
+    weight, depth = soft_hole(ball), depth_in(ball)
+    before, after = [], []
+    for seed in range(20):
+        x = grainy(ball.shape, 0.06, (0.6, 0.6, 0.6), seed)
+        smooth = x + weight * (first_guess(x, weight) - x)
+        rough = roughen(smooth, weight, texture_of(x, weight > 0), seed=seed + 100)
+        layers = [np.abs(depth - d) <= 0.5 for d in (-1.5, -0.5, 0.5)]
+        before.append([spread_about_mean(x, layer) for layer in layers])
+        after.append([spread_about_mean(rough, layer) for layer in layers])
+    assert np.mean(after, axis=0) == pytest.approx(np.mean(before, axis=0), rel=0.08)
+
+
+def test_roughen_takes_the_wall_of_a_ventricle_for_no_grain():
+    ball = np.linalg.norm(np.indices((40, 32, 32)) - [[[[16]]], [[[16]]], [[[16]]]], axis=0) <= 3
+    weight = soft_hole(ball)
+    x = np.ones(ball.shape, np.float32)
+    x[21:] = 0.3  # 2 voxels beyond the mask
+    texture = Texture(0.06, (0.5, 0.5, 0.5))
+    added = np.mean([np.abs(roughen(x, weight, texture, seed=seed) - x) for seed in range(20)], axis=0)
+    near, far = added[18][ball[18]].mean(), added[14][ball[14]].mean()
+    assert near == pytest.approx(far, rel=0.2)

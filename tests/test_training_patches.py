@@ -6,10 +6,11 @@ from training import SCALING, write_balls, write_scans
 
 from synthlong.atlas import MNI_VOXELS
 from synthlong.dataset.shards import ShardDataset
+from synthlong.derived import scaling_of
 from synthlong.detection.networks import ConcatUNet
 from synthlong.errors import ConfigError, InputError, InputWarning
 from synthlong.protocol import toned
-from synthlong.recipe import Recipe, scaling_of
+from synthlong.recipe import Recipe
 from synthlong.training.patches import read_patches
 
 SPLIT = {"split": "train", "fold": 0, "folds": 2}

@@ -15,7 +15,7 @@ from synthlong.artifacts import RandomAcquisition, acquire
 from synthlong.detection.networks import SegmentationUNet, SiameseUNet
 from synthlong.errors import ConfigError, InputError
 from synthlong.networks import UNetConfig
-from synthlong.recipe import draw_orientation
+from synthlong.orientation import draw_orientation
 from synthlong.synthesis import SynthesisConfig
 from synthlong.training import stages
 from synthlong.training.augmented import AugmentedPatches

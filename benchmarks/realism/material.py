@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synthlong.case import Case, patient_of
+from synthlong.derived import lesions_of, profiles_of
 from synthlong.inpainting import Inpainter, crop, heal
 from synthlong.lesions import LesionMap, grown, read_bank
 from synthlong.networks import default_precision
@@ -18,7 +19,7 @@ from synthlong.painting import LesionPainter
 from synthlong.pair import painter_of, render
 from synthlong.placement import allowed_of, site_mask
 from synthlong.profile import Profile, draw_profile, profiles_in
-from synthlong.recipe import draw_recipe, lesions_of, profiles_of, rng_of
+from synthlong.recipe import draw_recipe, rng_of
 from synthlong.synthesis import SynthesisConfig
 
 __all__ = ["ALONE", "SIDE", "Fold", "Patch", "holes_of", "read_fold", "real_lesions", "repainted", "synthetic_lesions"]

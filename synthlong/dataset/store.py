@@ -19,9 +19,9 @@ import numpy as np
 
 from synthlong.case import Case
 from synthlong.comparison import shapes_for
+from synthlong.derived import bounds_of, histogram_of, lesions_of, placements_of, profiles_of
 from synthlong.lesions import LesionMap, read_bank
 from synthlong.placement import PlacementMap, allowed_of
-from synthlong.recipe import bounds_of, histogram_of, lesions_of, placements_of, profiles_of
 from synthlong.synthesis import SynthesisConfig
 
 __all__ = ["open_case", "store_case", "stored_stamp"]

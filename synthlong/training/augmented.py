@@ -2,7 +2,7 @@
 
     patch -> one orientation for its visits and its mask -> an acquisition of each visit's own -> background 0
 
-As for synthetic pairs: `recipe.draw_orientation`, `artifacts.RandomAcquisition`.
+As for synthetic pairs: `draw_orientation`, `artifacts.RandomAcquisition`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from synthlong.artifacts import RandomAcquisition, acquire
-from synthlong.recipe import draw_orientation
+from synthlong.orientation import draw_orientation
 from synthlong.training.patches import Drawn, Patches
 
 __all__ = ["AugmentedPatches"]
