@@ -15,5 +15,8 @@ def report(
     """Write one self-contained HTML page: slices through the changes, counts, volumes, placements."""
     from synthlong.report import write_report
 
-    write_report(run, out, samples=samples)
+    from .progress import progress_bar
+
+    with progress_bar() as show:
+        write_report(run, out, samples=samples, progress=show)
     typer.echo(f"{out.name} written")

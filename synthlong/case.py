@@ -27,6 +27,7 @@ from synthlong.tissue import CSF, classify_tissue, fitted_tissue_maps, is_whole
 __all__ = [
     "Case",
     "check_binary",
+    "check_labels",
     "check_mask",
     "clip_to_brain",
     "mode_of",
@@ -134,9 +135,7 @@ def read_case(
             raise InputError(lesion.path, "the lesion mask is the brain mask", _WRONG_MASK)
     labels = None
     if "tissue" in extra:
-        if not np.isin(extra["tissue"].data, (0, 1, 2, 3)).all():
-            way = "use 0 background, 1 CSF, 2 GM, 3 WM"
-            raise InputError(extra["tissue"].path, "tissue labels other than 0-3", way)
+        check_labels(extra["tissue"])
         labels = grid.resample_labels(extra["tissue"].data)
     inside = np.zeros_like(brain_mask) if lesion is None else clip_to_brain(lesion, brain_mask)
     scan_mean, scan_sd = float(raw.mean(dtype=np.float64)), float(raw.std(dtype=np.float64))
@@ -294,6 +293,12 @@ def check_binary(volume: Volume) -> None:
     if positive.size and (positive.min() != positive.max() or positive.min() < 0):
         problem = f"not a binary mask (values from {positive.min():g} to {positive.max():g} beside 0)"
         raise InputError(volume.path, problem, "threshold it so that it holds 0 and one other value")
+
+
+def check_labels(tissue: Volume) -> None:
+    """Raise an InputError unless all voxels are 0, 1, 2 or 3."""
+    if not np.isin(tissue.data, (0, 1, 2, 3)).all():
+        raise InputError(tissue.path, "tissue labels other than 0-3", "use 0 background, 1 CSF, 2 GM, 3 WM")
 
 
 def check_mask(mask: Volume, image: Volume) -> None:

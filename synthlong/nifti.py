@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
 import stat
 import struct
@@ -174,7 +175,7 @@ def write_nifti(
 
 def sidecar_of(path: Path) -> Path:
     """Return where the JSON that belongs to a file lies: beside it, under its name."""
-    return path.with_name(path.name.split(".nii")[0] + ".json")
+    return path.with_name(re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE) + ".json")
 
 
 def _pieces(stream: BinaryIO, digest: Any) -> Iterator[bytes]:

@@ -6,8 +6,10 @@ Pictures are PNGs inside the page, plots inline SVG, no scripts. The same run gi
 from __future__ import annotations
 
 import base64
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
@@ -40,10 +42,47 @@ _KINDS = {NEW: "new", VANISHED: "vanished", ENLARGED: "enlarging", SHRUNK: "shri
 _SOURCES = {"real": "#8a94a3", "synthetic": "#e2632b"}
 _AROUND = np.ones((3, 3, 3), bool)
 _PLANES = ("sagittal", "coronal", "axial")
-Recipes = Sequence[Recipe]
+_MOST_DOTS = 20_000
 
 
-def write_report(out: Path, page: Path, *, samples: int = 12, title: str = "Synthetic pairs") -> None:
+@dataclass(frozen=True)
+class _Tally:
+    """What the recipes of a run add up to; its size hardly grows with theirs.
+
+    Args:
+        numbers: Recipes by their number of new lesions.
+        events: Lesions by kind and source.
+        volumes: New lesions by source and voxels.
+        places: Centres of the synthetic lesions, x, y and z in MNI millimetres one after the other.
+        new: Whether each of those is new.
+    """
+
+    numbers: Counter[int] = field(default_factory=Counter)
+    events: Counter[tuple[str, str]] = field(default_factory=Counter)
+    volumes: Counter[tuple[str, int]] = field(default_factory=Counter)
+    places: array[float] = field(default_factory=lambda: array("f"))
+    new: bytearray = field(default_factory=bytearray)
+
+    def add(self, recipe: Recipe) -> None:
+        """Count one recipe."""
+        self.numbers[sum(e.kind == "new" for e in recipe.events)] += 1
+        for event in recipe.events:
+            self.events[event.kind, event.source] += 1
+            if event.kind == "new":
+                self.volumes[event.source, event.voxels[1]] += 1
+            if event.site:
+                self.places.extend(c + o for c, o in zip(event.site.centre, recipe.origin_mm, strict=True))
+                self.new.append(event.kind == "new")
+
+
+def write_report(
+    out: Path,
+    page: Path,
+    *,
+    samples: int = 12,
+    title: str = "Synthetic pairs",
+    progress: Callable[[str, int, int], None] | None = None,
+) -> None:
     """Write one self-contained HTML page about a finished run.
 
     Reads every recipe and `evolution` mask once, and the images of the pairs it shows.
@@ -54,6 +93,7 @@ def write_report(out: Path, page: Path, *, samples: int = 12, title: str = "Synt
         samples: Pairs to show, 1 or more: about two thirds with new lesions in the box, spread evenly over
             the run, then other changes, then pairs without any.
         title: Heading of the page.
+        progress: Called as ("samples", done, total).
 
     Raises:
         InputError: The run is not finished or damaged.
@@ -64,17 +104,20 @@ def write_report(out: Path, page: Path, *, samples: int = 12, title: str = "Synt
         raise ConfigError(f"samples must be 1 or more, not {samples}")
     index = Index.read(out)
     names = [(number, index.subjects[k]) for number, k in enumerate(index.subject)]
-    recipes, codes = [], np.zeros((len(names), 6), np.int64)
+    tally, codes = _Tally(), np.zeros((len(names), 6), np.int64)
     masks = ShardDataset(out, keys=("evolution", "recipe"))
     for row, sample in enumerate(masks[k] for k in range(len(masks))):
-        recipes.append(Recipe.from_json(sample["recipe"]))
+        tally.add(Recipe.from_json(sample["recipe"]))
         codes[row] = np.bincount(sample["evolution"].numpy().ravel(), minlength=6)
-    images = ShardDataset(out, keys=("baseline", "followup", "evolution"))
-    pairs = [
-        _pair(*names[row], recipes[row], **{key: volume.numpy()[0] for key, volume in images[row].items()})
-        for row in _chosen(codes, samples)
-    ]
-    body = [_head(out, index, recipes, codes), _legend(), *pairs, _volumes(recipes), _placements(recipes)]
+        if progress:
+            progress("samples", row + 1, len(names))
+    images = ShardDataset(out, keys=("baseline", "followup", "evolution", "recipe"))
+    pairs = []
+    for row in _chosen(codes, samples):
+        shown = images[row]
+        recipe = Recipe.from_json(shown.pop("recipe"))
+        pairs.append(_pair(*names[row], recipe, **{key: volume.numpy()[0] for key, volume in shown.items()}))
+    body = [_head(out, index, tally, codes), _legend(), *pairs, _volumes(tally), _placements(tally)]
     text = _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(body))
     publish(Path(page), text.encode())
 
@@ -193,16 +236,17 @@ def _artifacts(recipe: Recipe) -> str:
 # Numbers and plots
 
 
-def _head(out: Path, index: Index, recipes: Recipes, codes: NDArray[np.int64]) -> str:
+def _head(out: Path, index: Index, tally: _Tally, codes: NDArray[np.int64]) -> str:
     """Return what the run holds, in numbers."""
-    with_new = np.mean([any(e.kind == "new" for e in recipe.events) for recipe in recipes])
+    pairs = tally.numbers.total()
+    with_new = 1 - tally.numbers[0] / max(pairs, 1)
     tiles = {
-        "pairs": f"{len(recipes)}",
+        "pairs": f"{pairs}",
         "subjects": f"{len(index.subjects)}",
         "have new lesions in the brain": f"{with_new:.0%}",
         "have new lesions in the box": f"{np.mean(codes[:, NEW] > 0):.0%}",
     }
-    counts = Counter((e.kind, e.source) for recipe in recipes for e in recipe.events)
+    counts = tally.events
     names = [SCHEMA, f"run {index.run_id}", f"index {str(index.sha256)[:16]}"]
     if (out / "run.json").exists():
         names.append(f"config {read_plan(out)['config_sha256'][:16]}")
@@ -250,12 +294,15 @@ def _histogram(series: dict[str, NDArray[np.int64]], ticks: dict[float, str], la
     return f'<svg viewBox="0 0 520 208" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
-def _volumes(recipes: Recipes) -> str:
+def _volumes(tally: _Tally) -> str:
     """Return histograms of the new lesions' volumes and of their number per recipe."""
-    new = [(e.source, e.voxels[1]) for recipe in recipes for e in recipe.events if e.kind == "new"]
-    numbers = np.bincount([sum(e.kind == "new" for e in recipe.events) for recipe in recipes])
-    edges = np.geomspace(3, max([3000, *(v for _, v in new)]) + 1, 25)
-    series = {c: np.histogram([v for s, v in new if s == name], edges)[0] for name, c in _SOURCES.items()}
+    numbers = np.array([tally.numbers[n] for n in range(max(tally.numbers, default=0) + 1)])
+    edges = np.geomspace(3, max([3000, *(voxels for _, voxels in tally.volumes)]) + 1, 25)
+    series = {}
+    for name, colour in _SOURCES.items():
+        found = [(voxels, count) for (source, voxels), count in tally.volumes.items() if source == name]
+        voxels, counts = np.array(found, np.int64).reshape(-1, 2).T
+        series[colour] = np.histogram(voxels, edges, weights=counts)[0].astype(np.int64)
     scale = 24 / np.log(edges[-1] / 3)
     marks = {float(scale * np.log(v / 3)): f"{v}" for v in (3, 10, 30, 100, 300, 1000, 3000)}
     whole = {i + 0.5: f"{i}" for i in range(0, len(numbers), 1 + len(numbers) // 12)}
@@ -267,13 +314,14 @@ def _volumes(recipes: Recipes) -> str:
     )
 
 
-def _placements(recipes: Recipes) -> str:
+def _placements(tally: _Tally) -> str:
     """Return the synthetic lesions' centres over projections of the shipped lesion prior."""
     frequency, affine = lesion_prior()
-    placed = [(e.kind, np.add(e.site.centre, r.origin_mm)) for r in recipes for e in r.events if e.site]
-    voxels = np.array([mm for _, mm in placed]).reshape(-1, 3) - affine[:3, 3]
+    total = len(tally.new)
+    some = np.linspace(0, total - 1, min(total, _MOST_DOTS)).round().astype(int)
+    voxels = np.array(tally.places).reshape(-1, 3)[some] - affine[:3, 3]
     inside = ((voxels >= 0) & (voxels < frequency.shape)).all(axis=1)
-    new = np.array([kind == "new" for kind, _ in placed], bool)
+    new = np.frombuffer(tally.new, bool)[some]
     figures = []
     for axis, sides in ((2, "left to right, front up"), (1, "left to right"), (0, "back to front")):
         x, y = (a for a in range(3) if a != axis)
@@ -287,8 +335,9 @@ def _placements(recipes: Recipes) -> str:
             f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="centres">{drawn}</svg>'
             f"<figcaption>{_PLANES[axis]}, {sides}</figcaption></figure>"
         )
+    of_all = f" of {total}" if total > len(some) else ""
     return (
-        f"<h2>Where synthetic lesions lie</h2><p>{int(inside.sum())} centres over the shipped lesion prior "
+        f"<h2>Where synthetic lesions lie</h2><p>{int(inside.sum())} centres{of_all} over the shipped lesion prior "
         f"(square root of its maximum along the line of sight)</p>"
         f"{_chips([(COLOURS[NEW], 'new'), (COLOURS[VANISHED], 'other kinds')])}"
         f'<div class="maps">{"".join(figures)}</div>'

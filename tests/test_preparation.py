@@ -5,7 +5,9 @@ import json
 import shutil
 import sys
 import warnings
+from dataclasses import replace
 
+import nibabel as nib
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
@@ -16,11 +18,12 @@ from synthlong.inpainting import Inpainter, heal
 from synthlong.manifest import find_cases
 from synthlong.networks import default_precision
 from synthlong.nifti import read_nifti, write_nifti
-from synthlong.preparation import PreparationConfig, prepare, registration, run, to_native
-from synthlong.preparation.derivatives import read_native, read_record
-from synthlong.preparation.quality import correlation
+from synthlong.preparation import PreparationConfig, Scan, prepare, registration, run, subject, to_native
+from synthlong.preparation.derivatives import file_name, read_native, read_record
+from synthlong.preparation.quality import correlation, snr_of
 from synthlong.preparation.registration import MNI, mni_brain
-from synthlong.preparation.ways import read_way
+from synthlong.preparation.subject import Record
+from synthlong.preparation.ways import read_way, way_text
 from synthlong.resampling import Grid, resample
 from tests.raw_pair import RAW, carried, grid_of, write_raw_pair
 from tests.running import Here, bytes_of
@@ -218,7 +221,7 @@ def test_what_is_replaced_leaves_nothing_behind(raw, tmp_path):
     outcome = prepare(manifest, out, config=QUICK, workers=1)
     assert "a.nii.gz: is not NIfTI" in outcome.failures["a"]
     record = read_record(out / "sub-a_space-halfway_FLAIR.nii.gz")
-    assert record["flags"] == ["made of earlier files, the present ones cannot be prepared"]
+    assert record["flags"] == ["of an earlier preparation, the last one failed"]
     with pytest.raises(ConfigError, match="holds scans of the other recipe"):
         prepare(manifest, out)
 
@@ -281,14 +284,166 @@ def test_without_the_extra_an_error_names_it(raw, tmp_path, monkeypatch, module)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.usefixtures("here")
-def test_a_mask_that_does_not_fit_is_refused_before_the_work(raw, tmp_path):
+@pytest.fixture
+def no_work(here, monkeypatch):
+    """Files are read and checked; finding a brain or cleaning it is an error."""
+
+    def forbidden(*_, **__):
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr(subject, "brain_mask", forbidden)
+    monkeypatch.setattr(subject, "_cleaned", forbidden)
+
+
+@pytest.fixture
+def head(real_case, tmp_path):
+    """`head(name, data)` writes a volume on the grid of a case of 2 mm voxels; FLAIR and brain lie there already."""
     folder = tmp_path / "in"
-    manifest = scans_of(raw, folder, b=(raw.parent / "2.nii.gz").read_bytes())
-    manifest.write_text("subject,flair,mask,brain\na,a.nii.gz,m.nii.gz,m.nii.gz\n")
-    shutil.copy(raw.parent / "lesions.nii.gz", folder / "m.nii.gz")
-    outcome = prepare(manifest, tmp_path / "out", workers=1)
-    assert "m.nii.gz: shape" in outcome.failures["a"]
+    folder.mkdir()
+
+    def head(name, data, affine=None):
+        affine = real_case.affine @ np.diag([2, 2, 2, 1]) if affine is None else affine
+        write_nifti(folder / f"{name}.nii.gz", np.ascontiguousarray(data), affine, code=1)
+
+    head("f", real_case.flair[::2, ::2, ::2])
+    head("brain", real_case.brain[::2, ::2, ::2])
+    return head
+
+
+def failure_of(folder, columns, row, **options):
+    (folder / "scans.csv").write_text(f"subject,flair,{columns}\na,f.nii.gz,{row}\n")
+    return prepare(folder / "scans.csv", folder.parent / "out", workers=1, **options).failures["a"]
+
+
+@pytest.mark.usefixtures("no_work")
+def test_a_mask_that_does_not_fit_is_refused_before_the_work(head, tmp_path, real_case):
+    head("m", real_case.lesions[::3, ::3, ::3])
+    assert "in/m.nii.gz: shape" in failure_of(tmp_path / "in", "mask", "m.nii.gz")
+    head("t", real_case.tissue[::2, ::2, ::2].astype(np.float32) + 256)
+    said = failure_of(tmp_path / "in", "tissue", "t.nii.gz")
+    assert said.startswith("in/t.nii.gz: tissue labels other than 0-3")
+
+
+@pytest.mark.usefixtures("no_work")
+def test_new_lesions_that_a_wrong_transform_carries_off_are_refused(head, tmp_path, real_case):
+    new = real_case.lesions[::2, ::2, ::2]
+    moved = np.eye(4)
+    moved[:3, 3] = 30, -50, 40
+    affine = real_case.affine @ np.diag([2, 2, 2, 1])
+    head("new", new, np.linalg.inv(moved) @ affine)  # `moved` carries its points to those of the FLAIR
+    for name, way in (("right", moved), ("wrong", np.linalg.inv(moved))):
+        (tmp_path / "in" / f"{name}.txt").write_text(way_text(way))
+    columns = "brain,new_lesions,new_lesions_xfm"
+    said = failure_of(tmp_path / "in", columns, "brain.nii.gz,new.nii.gz,wrong.txt")
+    assert "in/new.nii.gz: " in said
+    assert "voxels of new lesions lie outside the brain; check its transform" in said
+    assert "AssertionError (the work began)" in failure_of(
+        tmp_path / "in", columns, "brain.nii.gz,new.nii.gz,right.txt"
+    )
+    said = failure_of(tmp_path / "in", "brain,new_lesions", "brain.nii.gz,new.nii.gz")
+    assert "its grid lies" in said
+
+
+@pytest.mark.usefixtures("no_work")
+def test_prefer_is_for_new_lesions_too(head, tmp_path, real_case):
+    head("new", real_case.lesions[::2, ::2, ::2])
+    for name in ("f", "new", "brain"):
+        path = tmp_path / "in" / f"{name}.nii.gz"
+        image = nib.load(path)
+        image.set_qform(image.affine + np.eye(4) * [[0, 0, 0, 0]] + [[0, 0, 0, 5], *np.zeros((3, 4))], code=1)
+        nib.save(image, path)
+    columns, row = "brain,new_lesions", "brain.nii.gz,new.nii.gz"
+    assert "its sform and qform disagree" in failure_of(tmp_path / "in", columns, row)
+    assert "AssertionError (the work began)" in failure_of(tmp_path / "in", columns, row, prefer="sform")
+
+
+def test_z_scored_scans_have_the_noise_that_they_had(real_case):
+    brain = real_case.brain > 0
+    scan = real_case.flair * 300
+    values = scan[brain]
+    scored = np.where(brain, (scan - values.mean()) / values.std(), 0).astype(np.float32)
+    plain, shifted = (snr_of(subject._above_zero(x, brain), brain) for x in (scan, scored))
+    assert shifted == pytest.approx(plain, rel=0.3)
+    assert subject._above_zero(scan, brain) is scan
+
+
+# --- what is there already
+
+
+@pytest.fixture
+def stub(here, monkeypatch, tmp_path):
+    """`stub(*scans)` prepares them with a tool that copies; those in `stub.failing` fail."""
+
+    def copied(scans, folder, config, **_):
+        for scan in scans:
+            if scan.id in failing:
+                raise RuntimeError("out of memory")
+            (folder / file_name(scan.id, "FLAIR.nii.gz", space=config.space)).write_bytes(scan.flair.read_bytes())
+            if scan.new_lesions:
+                (folder / file_name(scan.id, "desc-newlesions_mask.nii.gz", space=config.space)).write_bytes(b"mask")
+        return [Record({}, {}, []) for _ in scans]
+
+    monkeypatch.setattr(run, "prepare_subject", copied)
+    (tmp_path / "f.nii").write_bytes(b"scan")
+
+    def stub(*scans, config=QUICK, **options):
+        return prepare(scans, tmp_path / "out", config=config, **options)
+
+    failing = stub.failing = set()
+    return stub
+
+
+def lines_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_only_visits_that_were_prepared_together_are_a_pair(stub, tmp_path):
+    first, last = Scan("a", tmp_path / "f.nii", "1"), Scan("a", tmp_path / "f.nii", "2", new_lesions=tmp_path / "f.nii")
+    stub(first, last)
+    assert len(lines_of(tmp_path / "out" / "pairs.csv")) == 1
+    stub(first)  # by itself, registered anew
+    assert not (tmp_path / "out" / "pairs.csv").exists()
+    stub(first, last)
+    assert len(lines_of(tmp_path / "out" / "pairs.csv")) == 1
+
+
+def test_a_failure_is_forgotten_once_what_lies_there_is_what_is_asked_for(stub, tmp_path):
+    scan = Scan("a", tmp_path / "f.nii")
+    stub(scan)
+    stub.failing.add("a")
+    finer = PreparationConfig(recipe="schmidt", spacing_mm=0.3)
+    assert "out of memory" in stub(scan, config=finer).failures["a"]
+    assert lines_of(tmp_path / "out" / "prepared.csv")[0]["status"] == "failed"
+    again = stub(scan)
+    assert (again.prepared, again.there, again.flagged, again.failures) == ([], ["a"], {}, {})
+    assert lines_of(tmp_path / "out" / "prepared.csv")[0]["status"] == "ok"
+
+
+def test_the_table_keeps_failures_that_a_call_did_not_come_to(stub, tmp_path):
+    one, other = Scan("a", tmp_path / "f.nii"), Scan("b", tmp_path / "f.nii")
+    stub.failing.add("b")
+    stub(one, other)
+    stub(one)
+    lines = lines_of(tmp_path / "out" / "prepared.csv")
+    assert [(line["subject"], line["status"]) for line in lines] == [("a", "ok"), ("b", "failed")]
+    assert "out of memory" in lines[1]["problem"]
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # after `a`
+        stub(replace(one, session="2"), other, progress=stop)
+    assert lines_of(tmp_path / "out" / "prepared.csv")[-1]["status"] == "failed"
+    stub.failing.clear()
+    stub(one, other)
+    assert lines_of(tmp_path / "out" / "prepared.csv")[-1]["status"] == "ok"
+
+
+def test_an_id_may_look_like_a_file(stub, tmp_path):
+    scan = Scan("scan1.nii.gz", tmp_path / "f.nii")
+    assert stub(scan).prepared == ["scan1.nii.gz"]
+    assert stub(scan).there == ["scan1.nii.gz"]
 
 
 def test_a_flagged_case_is_named_at_every_use(raw, tmp_path, bundled):

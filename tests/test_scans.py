@@ -50,6 +50,14 @@ def refused(source, *parts, error=InputError, **options):
         assert part in message, message
 
 
+def test_what_was_prepared_into_the_folder_is_no_raw_scan(fill):
+    raw = ("sub-a/anat/sub-a_FLAIR.nii.gz", "sub-a/anat/sub-a_T1w.nii.gz")
+    made = [f"cases/sub-a_space-MNI152_{what}.nii.gz" for what in ("FLAIR", "T1w", "desc-healthy_FLAIR")]
+    folder = fill("dataset_description.json", *raw, *made, "cases/sub-b_space-halfway_FLAIR.nii.gz")
+    (scan,) = find_scans(folder)
+    assert [scan.flair, scan.t1] == [folder / name for name in raw]
+
+
 # --- manifests
 
 

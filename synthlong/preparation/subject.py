@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from synthlong.case import check_binary, check_mask, clip_to_brain, read_beside
+from synthlong.case import check_binary, check_labels, check_mask, clip_to_brain, read_beside
 from synthlong.errors import InputError, InputWarning, short
 from synthlong.healthy import write_healthy
 from synthlong.inpainting import Inpainter
@@ -159,7 +159,7 @@ def prepare_subject(
     records = []
     for visit, way, case, same in zip(visits, ways, prepared, alike, strict=True):
         figures = figures_of(
-            visit.flair.data,
+            _above_zero(visit.flair.data, visit.head.brain),
             visit.head.brain,
             visit.head.grid.voxel_mm3,
             visit.lesions if visit.scan.mask is not None else None,
@@ -178,18 +178,22 @@ def prepare_subject(
 def _read_visit(scan: Scan, config: PreparationConfig, prefer: str | None) -> _Visit:
     """Read a visit, find its brain and clean it; a file that does not fit is refused before that work."""
     flair = read_nifti(scan.flair, prefer=prefer)
-    mask, new = _read_mask(scan, flair, prefer), _read_new_lesions(scan, flair)
+    mask, new = _read_mask(scan, flair, prefer), _read_new_lesions(scan, flair, prefer)
     tissue = None if scan.tissue is None else read_beside(scan.tissue, flair, prefer=prefer, allow_empty=False)
     own = None if scan.brain is None else read_beside(scan.brain, flair, prefer=prefer, allow_empty=False)
     if own is not None:
         check_binary(own)
+    if tissue is not None:
+        check_labels(tissue)
     t1 = None if scan.t1 is None else read_nifti(scan.t1, prefer=prefer)
-    brain = own.data != 0 if own is not None else _brain(flair, config)
+    brain = own.data != 0 if own is not None else _brain(flair, config, "bring your own mask in column 'brain'")
+    if new is not None:
+        _check_new_lesions(scan, *new, flair, brain)
     lesions = np.zeros(brain.shape, bool) if mask is None else clip_to_brain(mask, brain)
     visit = _Visit(scan, flair, _cleaned(flair, brain, config), lesions, tissue, new)
     if t1 is None:
         return visit
-    head = _cleaned(t1, _brain(t1, config), config)
+    head = _cleaned(t1, _brain(t1, config, "leave its column 't1' empty"), config)
     return replace(visit, t1=head, to_t1=register(_coarse(visit.head), _coarse(head), motion="Rigid"))
 
 
@@ -201,19 +205,36 @@ def _read_mask(scan: Scan, flair: Volume, prefer: str | None) -> Volume | None:
     return mask
 
 
-def _read_new_lesions(scan: Scan, flair: Volume) -> tuple[Image, NDArray] | None:
+def _read_new_lesions(scan: Scan, flair: Volume, prefer: str | None) -> tuple[Image, NDArray] | None:
     """Return the new lesions of a follow-up on the grid on which they were drawn, and the way there from the FLAIR."""
     if scan.new_lesions is None:
         return None
     if scan.new_lesions_xfm is None:
-        mask, there = read_beside(scan.new_lesions, flair), np.eye(4)
+        mask, there = read_beside(scan.new_lesions, flair, prefer=prefer), np.eye(4)
     else:
-        mask, there = read_nifti(scan.new_lesions, allow_empty=True), read_way(scan.new_lesions_xfm)
+        mask = read_nifti(scan.new_lesions, prefer=prefer, allow_empty=True)
+        there = read_way(scan.new_lesions_xfm)
     check_binary(mask)
     return Image(mask.data != 0, _grid_of(mask)), np.linalg.inv(there)
 
 
-def _brain(scan: Volume, config: PreparationConfig) -> NDArray[np.bool_]:
+def _check_new_lesions(scan: Scan, drawn: Image, from_flair: NDArray, flair: Volume, brain: NDArray[np.bool_]) -> None:
+    """Raise an InputError if a tenth of the new lesions does not lie in the brain."""
+    voxels = np.argwhere(drawn.data)
+    step = np.linalg.inv(flair.affine) @ np.linalg.inv(from_flair) @ drawn.grid.affine
+    at = np.rint(voxels @ step[:3, :3].T + step[:3, 3]).astype(int)
+    on_grid = ((at >= 0) & (at < brain.shape)).all(axis=1)
+    outside = len(voxels) - np.count_nonzero(brain[tuple(at[on_grid].T)])
+    if outside > 0.1 * len(voxels):
+        assert scan.new_lesions is not None
+        problem = f"{outside} of {len(voxels)} voxels of new lesions lie outside the brain"
+        way = "check that mask and scan belong together"
+        if scan.new_lesions_xfm is not None:
+            way = "check its transform, which maps points of the mask to points of the FLAIR: is it the inverse?"
+        raise InputError(scan.new_lesions, problem, way)
+
+
+def _brain(scan: Volume, config: PreparationConfig, way_out: str) -> NDArray[np.bool_]:
     """Return the brain of a scan: all that is not 0 if it was skull-stripped, else by HD-BET."""
     grid, inside = _grid_of(scan), scan.data != 0
     faces = [np.take(inside, end, axis=axis).mean() for axis in range(3) for end in (0, -1)]
@@ -224,7 +245,7 @@ def _brain(scan: Volume, config: PreparationConfig) -> NDArray[np.bool_]:
         return inside
     found = brain_mask(scan.data, grid, mode=config.brain, device=config.device)
     if not found.any():
-        raise InputError(scan.path, "no brain was found in it", "bring your own mask in column 'brain'")
+        raise InputError(scan.path, "no brain was found in it", way_out)
     return found
 
 
@@ -242,14 +263,18 @@ def _grid_of(volume: Volume) -> Grid:
 def _cleaned(scan: Volume, brain: NDArray[np.bool_], config: PreparationConfig) -> _Head:
     """Denoise and correct the brain; what lies around it stays, for the interpolation at its edge."""
     grid = _grid_of(scan)
-    clean: NDArray[np.float32] = scan.data
-    if (darkest := float(np.percentile(clean[brain], 0.5))) < 0:  # z-scored: the tools need intensities above 0
-        clean = np.maximum(clean - np.float32(darkest), 0)
+    clean = _above_zero(scan.data, brain)
     if config.denoise:
         clean = np.where(brain, denoise(clean, brain, grid), clean).astype(np.float32)
     if config.correct_bias:
         clean = correct_bias(clean, brain, grid)
     return _Head(clean, brain, grid)
+
+
+def _above_zero(scan: NDArray[np.float32], brain: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Return a z-scored scan with intensities of 0 or more, as the tools need them; any other as it is."""
+    darkest = float(np.percentile(scan[brain], 0.5))
+    return scan if darkest >= 0 else np.maximum(scan - np.float32(darkest), 0)
 
 
 def _coarse(head: _Head) -> Image:
@@ -308,7 +333,10 @@ def _in_mni(
         files["tissue"] = write("dseg.nii.gz", labels.astype(np.uint8))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", InputWarning)
-        case = CaseFiles(scan.id, **files).read()
+        try:
+            case = CaseFiles(scan.id, **files).read()
+        except InputError as error:  # of what was made of it, in a folder that is gone by then
+            raise InputError(scan.flair, f"once in MNI152, {error.problem}", error.way_out) from error
         write("FLAIR.nii.gz", case.flair)
         files["tissue"] = write("dseg.nii.gz", case.tissue)
         if visit.t1 is not None and visit.to_t1 is not None:
@@ -352,7 +380,10 @@ def _halfway(
     """Write the visits in their halfway space: whole heads, z-scored over the grid that holds them all."""
     flairs = [read_nifti(scan.flair, prefer=prefer) for scan in scans]
     masks = [_read_mask(scan, flair, prefer) for scan, flair in zip(scans, flairs, strict=True)]
-    new = [_read_new_lesions(scan, flair) for scan, flair in zip(scans, flairs, strict=True)]
+    new = [_read_new_lesions(scan, flair, prefer) for scan, flair in zip(scans, flairs, strict=True)]
+    for scan, flair, drawn in zip(scans, flairs, new, strict=True):
+        if drawn is not None:
+            _check_new_lesions(scan, *drawn, flair, np.ones(flair.data.shape, bool))
     grids = [_grid_of(flair) for flair in flairs]
     heads = []
     for flair, grid in zip(flairs, grids, strict=True):

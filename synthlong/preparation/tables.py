@@ -9,16 +9,16 @@ from __future__ import annotations
 import csv
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from synthlong.dataset.writer import publish
 from synthlong.errors import InputError, InputWarning
 from synthlong.preparation.derivatives import file_name, read_record
-from synthlong.preparation.scans import Scan
+from synthlong.preparation.scans import Scan, scan_id
 
-__all__ = ["read_records", "write_tables"]
+__all__ = ["Records", "read_records", "write_tables"]
 
 Records = dict[str, dict[str, Any]]
 
@@ -39,15 +39,17 @@ def read_records(out: Path) -> Records:
     return records
 
 
-def write_tables(out: Path, records: Records, failed: Sequence[tuple[Scan, str]]) -> None:
+def write_tables(out: Path, records: Records, failed: Sequence[tuple[Scan, str]], *, subjects: Collection[str]) -> None:
     """Write both tables.
 
     Args:
         out: The folder.
         records: What lies there.
         failed: Scans that could not be prepared by this call, and why.
+        subjects: Those that this call came to; what earlier calls said of the failure of others stays.
     """
-    rows = {
+    rows = _failed_earlier(out / "prepared.csv", but=subjects)
+    rows |= {
         name: {
             "subject": record["subject"],
             "session": record["session"],
@@ -66,7 +68,9 @@ def write_tables(out: Path, records: Records, failed: Sequence[tuple[Scan, str]]
         if mask not in record["files"] or not place:
             continue
         before = record["visits"][place - 1]
-        if before in records and not (record["flags"] or records[before]["flags"]):
+        if not _made_together(record, records.get(before)):
+            continue
+        if not (record["flags"] or records[before]["flags"]):
             one, other = (file_name(visit, "FLAIR.nii.gz", space=record["space"]) for visit in (before, name))
             pairs.append({"subject": record["subject"], "baseline": one, "followup": other, "mask": mask})
     _write_csv(out / "prepared.csv", [rows[name] for name in sorted(rows)])
@@ -74,6 +78,23 @@ def write_tables(out: Path, records: Records, failed: Sequence[tuple[Scan, str]]
         _write_csv(out / "pairs.csv", pairs)
     else:
         (out / "pairs.csv").unlink(missing_ok=True)
+
+
+def _made_together(one: dict[str, Any], other: dict[str, Any] | None) -> bool:
+    """Whether two visits were registered to each other, by one preparation."""
+    return other is not None and all(one[key] == other[key] for key in ("visits", "stamp"))
+
+
+def _failed_earlier(path: Path, *, but: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Return the lines of failed scans in an earlier table, without those of some subjects, by scan."""
+    try:
+        with path.open(newline="") as file:
+            lines = list(csv.DictReader(file))
+        failed = [line for line in lines if line["status"] == "failed" and line["subject"] not in but]
+        keys = ("subject", "session", "status", "problem")
+        return {scan_id(line["subject"], line["session"]): {key: line[key] for key in keys} for line in failed}
+    except (OSError, ValueError, KeyError, csv.Error):  # there is none, or somebody edited it
+        return {}
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
