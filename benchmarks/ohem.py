@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from synthlong.training import loop, ohem
+from synthlong.training import losses, ohem
 from synthlong.training.patches import Patches, read_patches
 
 
@@ -64,10 +64,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     patches = read_patches(options.out, side=32, split="train", fold=0, folds=2)
-    chunk = loop._CPU_CHUNK
+    chunk = losses._CPU_CHUNK
     for name, precision in (("plain", "float32"), ("ours", "auto")):
         config = ohem.OhemConfig(precision=precision, mining_precision=precision, device=options.device)
-        loop._CPU_CHUNK = config.candidates if name == "plain" else chunk
+        losses._CPU_CHUNK = config.candidates if name == "plain" else chunk
         seconds = parts(config, patches, options.iterations)
         each = ", ".join(f"{part} {s:.3f}" for part, s in seconds.items())
         print(f"{name}, {config.precision}: {sum(seconds.values()):.2f} s ({each})", flush=True)

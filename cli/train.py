@@ -15,7 +15,7 @@ import typer
 from synthlong.errors import ConfigError
 
 if TYPE_CHECKING:
-    from synthlong.training.loop import TrainingConfig
+    from synthlong.training.training_config import TrainingConfig
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -155,10 +155,10 @@ def segment(
     Keeps the weights with the best Dice on patients held out. Goes on from its checkpoint when called again.
     """
     with _needing_lightning():
-        from synthlong.training import stages
+        from synthlong.training import stage_config, stages
     asked.note(schedule=schedule)
     with asked.running() as options:
-        figures = stages.segment(source, out, config=asked.config(stages.SegmentConfig), **options)
+        figures = stages.segment(source, out, config=asked.config(stage_config.SegmentConfig), **options)
     _tell(out.name, figures)
 
 
@@ -176,11 +176,13 @@ def pretrain(
     Keeps the weights with the best Dice on patients held out. Goes on from its checkpoint when called again.
     """
     with _needing_lightning():
-        from synthlong.training import stages
+        from synthlong.training import stage_config, stages
     asked.note(schedule=schedule)
     asked.say(encoder=encoder.name)
     with asked.running() as options:
-        figures = stages.pretrain(source, out, encoder=encoder, config=asked.config(stages.PretrainConfig), **options)
+        figures = stages.pretrain(
+            source, out, encoder=encoder, config=asked.config(stage_config.PretrainConfig), **options
+        )
     _tell(out.name, figures)
 
 
@@ -199,10 +201,10 @@ def finetune(
     where it was stopped when called again.
     """
     with _needing_lightning():
-        from synthlong.training import stages
+        from synthlong.training import stage_config, stages
     asked.note(schedule=schedule)
     asked.say(weights=weights.name)
-    config = asked.config(stages.FinetuneConfig)
+    config = asked.config(stage_config.FinetuneConfig)
     fold = asked.given.get("fold", config.fold or None)  # 0 is the default in a file, and means all
     with asked.running() as options:
         made = stages.finetune(source, out, weights=weights, config=config, fold=fold, **options)

@@ -38,7 +38,8 @@ from synthlong.detection.visits import read_pair
 from synthlong.manifest import manifest_rows
 from synthlong.synthesis import SynthesisConfig
 from synthlong.training.patches import PAIR
-from synthlong.training.stages import FinetuneConfig, PretrainConfig, SegmentConfig, finetune, pretrain, segment
+from synthlong.training.stage_config import FinetuneConfig, PretrainConfig, SegmentConfig
+from synthlong.training.stages import finetune, pretrain, segment
 from synthlong.weights import read_weights, write_weights
 
 COLUMNS = ("Dice", "LesF1", "PPV", "TPR", "Avg. Score")

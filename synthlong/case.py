@@ -13,16 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from synthlong.errors import InputError, InputWarning, short
+from synthlong.grid import SMALLEST_SIDE_MM, WorkingGrid
 from synthlong.hole import FLUID
+from synthlong.looks import check_looks
 from synthlong.nifti import Volume, read_nifti
-from synthlong.resampling import Native, carry_mask, resample
-from synthlong.tissue import CSF, classify_tissue, fitted_tissue_maps, is_whole
+from synthlong.resampling import Native
+from synthlong.tissue import CSF, classify_tissue, fitted_tissue_maps
 
 __all__ = [
     "Case",
@@ -35,11 +36,8 @@ __all__ = [
     "read_beside",
     "read_case",
     "read_lesions",
-    "unlike_brain",
 ]
 
-_SMALLEST_SIDE_MM = 16
-_LARGEST_SIDE_MM = 512
 _KNOT_GRID = 4096
 _WRONG_MASK = "name the lesion mask in column 'mask'"
 
@@ -126,7 +124,7 @@ def read_case(
         for role, path in others.items()
         if path is not None
     }
-    grid = _Grid.of(image)
+    grid = WorkingGrid.of(image)
     raw = image.data
     brain_mask = extra["brain"].data != 0 if "brain" in extra else raw != 0
     if "brain" in extra:
@@ -143,13 +141,13 @@ def read_case(
     brain_mask, inside = grid.resample_mask(brain_mask), grid.carry_lesions(inside)
     inside &= brain_mask
     values = np.where(brain_mask, np.maximum(values, 0), 0).astype(np.float32)
-    if brain_mask.sum() < _SMALLEST_SIDE_MM**3 // 4:
+    if brain_mask.sum() < SMALLEST_SIDE_MM**3 // 4:
         problem = f"only {brain_mask.sum()} mm3 of brain"
         raise InputError(flair, problem, "pass the whole brain, or a larger box of it")
     if np.median(values[brain_mask]) == 0:
         raise InputError(flair, "it is 0 in most of the brain mask", "check the brain mask")
     maps = fitted_tissue_maps(brain_mask, grid.affine)
-    _check_looks(flair, values, brain_mask, maps)
+    check_looks(flair, values, brain_mask, maps)
     if labels is None:
         labels = classify_tissue(values, brain_mask, inside, maps)
     labels = np.where(brain_mask, labels, 0).astype(np.uint8)
@@ -192,80 +190,9 @@ def read_lesions(mask: Path, flair: Path) -> NDArray[np.uint8]:
     image = read_nifti(flair)
     lesion = read_beside(mask, image)
     check_mask(lesion, image)
-    grid, brain = _Grid.of(image), image.data != 0
+    grid, brain = WorkingGrid.of(image), image.data != 0
     inside = grid.carry_lesions(clip_to_brain(lesion, brain)) & grid.resample_mask(brain)
     return inside.astype(np.uint8)
-
-
-@dataclass(frozen=True, eq=False)
-class _Grid:
-    """The way from a file's voxels to RAS+ at 1 mm: a flip or permutation, then, if needed, resampling."""
-
-    orientation: NDArray[Any]
-    reoriented: NDArray[np.float64]
-    shape: tuple[int, int, int]
-    affine: NDArray[np.float64]
-    keeps: bool
-
-    @classmethod
-    def of(cls, image: Volume) -> _Grid:
-        orientation = nib.orientations.io_orientation(image.affine)
-        back = nib.orientations.inv_ornt_aff(orientation, image.data.shape)
-        affine = image.affine @ back
-        shape = nib.orientations.apply_orientation(image.data, orientation).shape
-        sides = np.linalg.norm(affine[:3, :3], axis=0)
-        if not image.coded:
-            warnings.warn(f"{short(image.path)}: neither sform nor qform is set", InputWarning, stacklevel=3)
-        if sides.max() > 3.01 * sides.min():
-            text = f"very anisotropic voxels, {' x '.join(f'{s:.2g}' for s in sides)} mm"
-            warnings.warn(f"{short(image.path)}: {text}", InputWarning, stacklevel=3)
-        extent = np.array(shape) * sides
-        if extent.min() < _SMALLEST_SIDE_MM - 0.5:
-            way = f"pass at least {_SMALLEST_SIDE_MM} mm a side"
-            raise InputError(image.path, f"the scan is only {extent.min():.0f} mm wide", way)
-        if extent.max() > _LARGEST_SIDE_MM:
-            problem = f"the scan spans {extent.max():.0f} mm"
-            raise InputError(image.path, problem, "check the header's voxel size")
-        if np.abs(affine[:3, :3] - np.eye(3)).max() < 1e-3:
-            return cls(orientation, affine, shape, affine, keeps=True)
-        corners = np.array(np.meshgrid(*[(-0.5, n - 0.5) for n in shape], indexing="ij")).reshape(3, -1)
-        world = affine[:3, :3] @ corners + affine[:3, 3:]
-        first, last = np.ceil(world.min(axis=1) - 1e-3), np.floor(world.max(axis=1) + 1e-3)
-        size = (last - first + 1).astype(int)
-        target = np.eye(4)
-        target[:3, 3] = first
-        return cls(orientation, affine, (int(size[0]), int(size[1]), int(size[2])), target, keeps=False)
-
-    def _turn(self, data: NDArray) -> NDArray:
-        return np.ascontiguousarray(nib.orientations.apply_orientation(data, self.orientation))
-
-    @property
-    def _step(self) -> NDArray[np.float64]:
-        return np.linalg.inv(self.reoriented) @ self.affine
-
-    def _interpolate(self, data: NDArray, order: int, *, nudge: float = 0.0) -> NDArray[np.float32]:
-        return resample(data, self._step, self.shape, order=order, nudge=nudge)
-
-    def resample(self, data: NDArray) -> NDArray[np.float32]:
-        data = self._turn(data)
-        return data.astype(np.float32) if self.keeps else self._interpolate(data, 3)
-
-    def carry_lesions(self, data: NDArray) -> NDArray[np.bool_]:
-        """Keep each lesion and its volume."""
-        data = self._turn(data) != 0
-        return data if self.keeps else carry_mask(data, self._step, self.shape) != 0
-
-    def resample_mask(self, data: NDArray) -> NDArray[np.bool_]:
-        """Of a brain; the nudge decides between voxels equally near alike on both sides."""
-        data = self._turn(data) != 0
-        if self.keeps:
-            return data
-        finer = np.linalg.norm(self.reoriented[:3, :3], axis=0).min() < 0.99
-        return self._interpolate(data, int(finer), nudge=1e-3) >= 0.5
-
-    def resample_labels(self, data: NDArray) -> NDArray[np.uint8]:
-        data = self._turn(data)
-        return (data if self.keeps else self._interpolate(data, 0)).astype(np.uint8)
 
 
 def read_beside(path: Path, image: Volume, *, prefer: str | None = None, allow_empty: bool = True) -> Volume:
@@ -343,56 +270,6 @@ def _without_negatives(raw: NDArray, brain: NDArray[np.bool_], path: Path) -> ND
     elif negative:
         warnings.warn(f"{short(path)}: {negative} negative voxels set to 0", InputWarning, stacklevel=3)
     return np.where(brain, np.maximum(raw - shift, 0), 0).astype(np.float32)
-
-
-def _check_looks(
-    path: Path, values: NDArray[np.float32], brain: NDArray[np.bool_], maps: tuple[NDArray[np.float32], ...]
-) -> None:
-    """Warn of scans that are probably not skull-stripped FLAIR in MNI space."""
-    csf, gm, wm = maps
-    if text := unlike_brain(values, brain, maps):
-        warnings.warn(f"{short(path)}: {text}", InputWarning, stacklevel=3)
-    regions = [values[brain & (m > 0.95)] for m in (csf, gm, wm)]
-    if min(len(r) for r in regions) < 100:
-        return
-    dark, gray, white = (float(np.median(r)) for r in regions)
-    if dark > 0.9 * white or gray < 0.85 * white:
-        medians = f"CSF {dark:.3g}, gray matter {gray:.3g}, white matter {white:.3g}"
-        warnings.warn(f"{short(path)}: looks like no FLAIR ({medians})", InputWarning, stacklevel=3)
-
-
-def unlike_brain(
-    values: NDArray[np.float32], brain: NDArray[np.bool_], maps: tuple[NDArray[np.float32], ...]
-) -> str | None:
-    """Return what makes a scan look not skull-stripped, or not in MNI space, None if nothing does.
-
-    Args:
-        values: Scan, shape `(I, J, K)`, any unit.
-        brain: What is taken as its brain.
-        maps: Those of `fitted_tissue_maps` for this brain.
-    """
-    head = ndimage.binary_dilation(sum(maps) > 0.5, iterations=5)
-    outside = (brain & ~head).sum() / max(brain.sum(), 1)
-    if outside > 0.15:
-        return f"{outside:.0%} of its non-zero voxels lie outside the MNI brain: skull, or not in MNI space?"
-    return "a shell unlike brain surrounds it: not skull-stripped?" if _has_shell(values, brain) else None
-
-
-def _has_shell(values: NDArray[np.float32], brain: NDArray[np.bool_]) -> bool:
-    """Whether a whole scan is brighter (scalp) or darker (skull) near its surface than deep inside.
-
-    Within 5 to 8 mm of the surface the median of skull-stripped FLAIR is that of the inside.
-    """
-    solid = ndimage.binary_fill_holes(brain[::2, ::2, ::2])
-    if not is_whole(brain) or solid.all():
-        return False
-    depth_mm = 2 * ndimage.distance_transform_edt(solid)
-    layers = ((0, 5), (5, 8), (20, np.inf))
-    parts = [values[::2, ::2, ::2][(depth_mm > low) & (depth_mm <= high)] for low, high in layers]
-    if min(p.size for p in parts) < 100:
-        return False
-    rim, below, inside = (float(np.median(p)) for p in parts)
-    return rim > 1.3 * inside or below < 0.75 * inside
 
 
 def mode_of(values: NDArray[np.float32]) -> float:

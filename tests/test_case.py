@@ -15,6 +15,7 @@ from scipy import ndimage, stats
 import synthlong.case as module
 from synthlong.case import Case, read_case, read_lesions
 from synthlong.errors import InputError, InputWarning
+from synthlong.looks import check_looks
 from synthlong.tissue import CSF, WHITE
 
 NAME = "JANE DOE 1970"  # header text that must not reach a message
@@ -638,7 +639,7 @@ def test_white_matter_of_zero_is_no_division(read, ventricles):
         read(flair, np.zeros_like(v.mask), v.affine, brain=brain)
     maps = [np.float32(v.tissue == label) for label in (1, 2, 3)]
     with warned("looks like no FLAIR (CSF 300, "):
-        module._check_looks(Path("data/sub-7_flair.nii"), flair, brain > 0, tuple(maps))
+        check_looks(Path("data/sub-7_flair.nii"), flair, brain > 0, tuple(maps))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from training import write_balls
 from synthlong.dataset.run import generate
 from synthlong.errors import ConfigError, InputError, InputWarning
 from synthlong.synthesis import SynthesisConfig
-from synthlong.training import loop, ohem
+from synthlong.training import losses, ohem
 from synthlong.training.ohem import Ohem, OhemConfig, train_ohem
 from synthlong.training.patches import read_patches
 from synthlong.weights import read_weights
@@ -107,7 +107,7 @@ def test_errors_against_their_definitions():
         bce = F.binary_cross_entropy(p[n], t[n])
         dice = 1 - (2 * (p[n] * t[n]).sum() + 1) / (p[n].sum() + t[n].sum() + 1)
         for kind, expected in (("bce", bce), ("dice", dice), ("bce+dice", bce + dice)):
-            assert torch.allclose(loop.errors_of(logits, truth, kind)[n], expected, atol=1e-6)
+            assert torch.allclose(losses.errors_of(logits, truth, kind)[n], expected, atol=1e-6)
 
 
 def test_the_hardest_are_those_that_the_average_gets_most_wrong(model):

@@ -19,9 +19,12 @@ from synthlong.orientation import draw_orientation
 from synthlong.synthesis import SynthesisConfig
 from synthlong.training import stages
 from synthlong.training.augmented import AugmentedPatches
-from synthlong.training.loop import rng_at, seeded_weights
+from synthlong.training.loop import seeded_weights
 from synthlong.training.patches import read_patches
-from synthlong.training.stages import FinetuneConfig, PretrainConfig, SegmentConfig, _Made, finetune, pretrain
+from synthlong.training.seen import _Made
+from synthlong.training.sides import rng_at
+from synthlong.training.stage_config import FinetuneConfig, PretrainConfig, SegmentConfig
+from synthlong.training.stages import finetune, pretrain
 from synthlong.weights import read_weights, write_weights
 
 TINY = {

@@ -21,8 +21,9 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from synthlong.case import Case, read_case, read_lesions, unlike_brain
+from synthlong.case import Case, read_case, read_lesions
 from synthlong.errors import ConfigError, InputError, InputWarning, SynthlongError, short
+from synthlong.looks import unlike_brain
 from synthlong.nifti import Volume, read_nifti
 from synthlong.preparation.config import PreparationConfig
 from synthlong.preparation.derivatives import file_name, read_native, read_record

@@ -9,139 +9,34 @@ bit on one CPU thread.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import signal
-import threading
 import time
 import warnings
 from abc import abstractmethod
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import lightning
-import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
-from torch.nn import functional as F
 
-from synthlong.dataset.prepared import plain_hash
-from synthlong.detection.networks import ConcatUNet, SegmentationUNet
 from synthlong.errors import InputError
-from synthlong.manifest import find_cases, manifest_rows
-from synthlong.networks import UNet, default_precision
-from synthlong.options import Options
+from synthlong.networks import UNet
 from synthlong.signals import hold_signals
-from synthlong.training.patches import PAIR, Drawn, Network, Patches, read_patches
+from synthlong.training.losses import errors_of, predicted
+from synthlong.training.patches import Drawn
+from synthlong.training.training_config import PRECISIONS, TrainingConfig
 from synthlong.weights import differing, finished, write_weights
 
-__all__ = [
-    "LAYOUTS",
-    "LOSSES",
-    "Ahead",
-    "Training",
-    "TrainingConfig",
-    "drawn_from",
-    "errors_of",
-    "fit",
-    "predicted",
-    "read_sides",
-    "rng_at",
-    "seeded_weights",
-    "source_sha256",
-]
+__all__ = ["LAYOUTS", "Training", "fit", "seeded_weights"]
 
 LAYOUTS = {"float32": torch.contiguous_format, "bf16": torch.channels_last_3d}
-LOSSES = ("bce", "dice", "bce+dice")
-
-_PRECISIONS = {"float32": "32-true", "bf16": "bf16-mixed"}
-_TRAINING, _VALIDATION = 0, 1
-"""First word of the spawn keys."""
-
-_CPU_CHUNK = 4
-"""Patches that a CPU predicts at once when none is learned from; their features then stay in the cache."""
-
-_GPU_VOXELS = 2**23
-"""Voxels that a GPU does."""
-
-
-@dataclass(frozen=True)
-class TrainingConfig(Options):
-    """What every training is told.
-
-    Args:
-        side: Edge of a patch in voxels.
-        steps: Optimiser steps.
-        batch: Patches that a step learns from.
-        learning_rate: Of Adam, the highest.
-        loss: "dice" (soft Dice of all voxels of the batch), "bce" (binary cross-entropy) or "bce+dice".
-        precision: Of the step: "bf16", "float32" or "auto" (bf16 where the device computes it natively).
-        device: "cpu" or "cuda".
-        devices: Processes or GPUs a node; patches are dealt out to them.
-        nodes: Number of nodes.
-        seed: Seed of everything drawn.
-        fold: Which of the `folds` parts of the patients is for validation.
-        folds: Number of parts; 1: nobody is held out, and the last weights are kept.
-        validation_patches: Fixed patches of the patients held out, whose Dice is measured.
-        report_every: Steps between measurements on those.
-        checkpoint_every: Steps between checkpoints.
-    """
-
-    side: int = 64
-    steps: int = 20_000
-    batch: int = 4
-    learning_rate: float = 1e-4
-    loss: str = "dice"
-    precision: str = "auto"
-    device: str = "cpu"
-    devices: int = 1
-    nodes: int = 1
-    seed: int = 0
-    fold: int = 0
-    folds: int = 4
-    validation_patches: int = 64
-    report_every: int = 500
-    checkpoint_every: int = 500
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check(("device",), lambda v: v in ("cpu", "cuda"), "cpu or cuda")
-        self.settle("precision")
-        self.check(("loss",), lambda v: v in LOSSES, f"one of {', '.join(LOSSES)}")
-        self.check(("learning_rate",), lambda v: 0 < v < math.inf, "above 0")
-        self.check(("seed", "fold"), lambda v: v >= 0, "0 or more")
-        self.check(("fold",), lambda v: v < self.folds, f"below the number of folds ({self.folds})")
-        counts = ("batch", "side", "steps", "devices", "nodes", "folds")
-        self.check((*counts, "validation_patches", "report_every", "checkpoint_every"), lambda v: v >= 1, "1 or more")
-        self.check(("batch",), lambda v: not v % self.ranks, f"a multiple of the {self.ranks} processes")
-
-    @property
-    def ranks(self) -> int:
-        """Number of processes."""
-        return self.devices * self.nodes
-
-    @abstractmethod
-    def learning_rate_at(self, step: int) -> float:
-        """Return Adam's learning rate at a step."""
-
-    def settle(self, name: str) -> None:
-        """Check a precision, and make "auto" definite."""
-        self.check((name,), lambda v: v in ("auto", *_PRECISIONS), "auto, bf16 or float32")
-        if getattr(self, name) == "auto":
-            object.__setattr__(self, name, default_precision(self.device))
-
-    def check_side(self, multiple: int) -> None:
-        """Raise a ConfigError unless a network takes patches of this side."""
-        self.check(("side",), lambda v: not v % multiple, f"a multiple of {multiple}")
 
 
 class Training(lightning.LightningModule):
@@ -317,7 +212,7 @@ def fit(model: Training, out: Path, *, card: dict[str, Any], tensorboard: bool =
             devices=config.devices,
             num_nodes=config.nodes,
             strategy="auto" if config.ranks == 1 else "ddp",
-            precision=_PRECISIONS[config.precision],  # type: ignore[arg-type]
+            precision=PRECISIONS[config.precision],  # type: ignore[arg-type]
             max_steps=config.steps,
             logger=TensorBoardLogger(out.parent, name=f"{out.stem}.tensorboard", version="") if tensorboard else False,
             use_distributed_sampler=False,
@@ -338,104 +233,6 @@ def fit(model: Training, out: Path, *, card: dict[str, Any], tensorboard: bool =
         write_weights(out, model.network, task=model.network.task, card={**card, **model.about, **figures})
         checkpoint.unlink(missing_ok=True)
     return figures
-
-
-class Ahead:
-    """The batches of each step, read ahead by threads with files of their own.
-
-    Args:
-        patches: Where they come from.
-        draw: Called with them and a step.
-        steps: Which ones.
-        readers: Number of threads; they change no bit.
-    """
-
-    def __init__(
-        self, patches: Patches, draw: Callable[[Patches, int], Drawn], *, steps: range, readers: int = 1
-    ) -> None:
-        self._patches, self._draw, self._steps, self._readers = patches, draw, steps, max(readers, 1)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        own = threading.local()
-
-        def read(step: int) -> tuple[Tensor, ...]:
-            if not hasattr(own, "patches"):
-                own.patches = self._patches.reopened()
-            return tuple(torch.from_numpy(d) for d in self._draw(own.patches, step))
-
-        steps = iter(self._steps)
-        with ThreadPoolExecutor(self._readers) as pool:
-            waiting = deque(pool.submit(read, step) for step in islice(steps, self._readers + 1))
-            while waiting:
-                drawn = waiting.popleft().result()
-                waiting.extend(pool.submit(read, step) for step in islice(steps, 1))
-                yield drawn
-
-
-def errors_of(logits: Tensor, truth: Tensor, kind: str) -> Tensor:
-    """Return the error of each item: mean binary cross-entropy, 1 - soft Dice, or both."""
-    logits, target = logits.flatten(1), truth.flatten(1).float()
-    errors = torch.zeros(len(logits), device=logits.device)
-    if "bce" in kind:
-        errors = errors + F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(dim=1)
-    if "dice" in kind:
-        p = logits.sigmoid()
-        errors = errors + 1 - (2 * (p * target).sum(dim=1) + 1) / (p.sum(dim=1) + target.sum(dim=1) + 1)
-    return errors
-
-
-def predicted(network: UNet, visits: Iterable[Tensor], precision: str) -> Tensor:
-    """Return a network's logits in float32, predicted some patches at a time."""
-    visits = list(visits)
-    kind = visits[0].device.type
-    size = _CPU_CHUNK if kind == "cpu" else max(_GPU_VOXELS // visits[0][0].numel(), 1)
-    with torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16"):
-        parts = [network(*chunks) for chunks in zip(*(v.split(size) for v in visits), strict=True)]
-    return torch.cat(parts).float()
-
-
-def rng_at(seed: int, step: int, which: int) -> np.random.Generator:
-    """Return the generator of a step, one of several."""
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_TRAINING, step, which)))
-
-
-def read_sides(
-    source: Path, config: TrainingConfig, network: Network = ConcatUNet
-) -> tuple[Patches, Patches | None, dict[str, Any]]:
-    """Return the patches to learn from, those of the patients held out if there are any, and what they are in words."""
-    options: dict[str, Any] = {"side": config.side, "fold": config.fold, "folds": config.folds, "network": network}
-    held_out = read_patches(source, split="validation", **options) if config.folds > 1 else None
-    training = read_patches(source, split="train" if held_out else None, **options)
-    about = {"patients": training.subjects, "held_out": held_out.subjects if held_out else []}
-    return training, held_out, {**about, "source": source_sha256(source, pairs=network is not SegmentationUNet)}
-
-
-def drawn_from(held_out: Patches | None, config: TrainingConfig, positive_share: float) -> Drawn | None:
-    """Return the patches of the patients held out that a training is measured on."""
-    if held_out is None:
-        return None
-    rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(_VALIDATION,)))
-    return held_out.draw(rng, config.validation_patches, round(positive_share * config.validation_patches))
-
-
-def source_sha256(source: Path, *, pairs: bool) -> str:
-    """Return the SHA-256 of a run's index; of a manifest or folder of cases, a hash of all the files it lists.
-
-    Args:
-        source: Where the data are.
-        pairs: A manifest lists pairs of visits, not cases.
-    """
-    if (source / "index.json").exists():
-        return hashlib.sha256((source / "index.json").read_bytes()).hexdigest()
-    if not pairs:
-        return plain_hash({files.subject: files.hashes() for files in find_cases(source)})
-    rows = manifest_rows(source, needed=PAIR, optional=())
-    return plain_hash([[subject, *(_file_sha256(paths[role]) for role in PAIR)] for subject, _, paths in rows])
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

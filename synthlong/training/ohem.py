@@ -25,21 +25,12 @@ from synthlong.dataset.writer import make_place
 from synthlong.detection.networks import WIDEST_WINDOW, ConcatUNet, sees
 from synthlong.errors import ConfigError
 from synthlong.networks import UNetConfig, check_device
-from synthlong.training.loop import (
-    LAYOUTS,
-    LOSSES,
-    Ahead,
-    Training,
-    TrainingConfig,
-    drawn_from,
-    errors_of,
-    fit,
-    predicted,
-    read_sides,
-    rng_at,
-    seeded_weights,
-)
+from synthlong.training.ahead import Ahead
+from synthlong.training.loop import LAYOUTS, Training, fit, seeded_weights
+from synthlong.training.losses import LOSSES, errors_of, predicted
 from synthlong.training.patches import Drawn, Patches
+from synthlong.training.sides import drawn_from, read_sides, rng_at
+from synthlong.training.training_config import TrainingConfig
 from synthlong.weights import checkpoint_of
 
 __all__ = ["Ohem", "OhemConfig", "train_ohem"]

@@ -1,0 +1,65 @@
+"""Whether a scan looks like one: FLAIR, skull-stripped, in MNI space."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from synthlong.errors import InputWarning, short
+from synthlong.tissue import is_whole
+
+__all__ = ["check_looks", "unlike_brain"]
+
+
+def check_looks(
+    path: Path, values: NDArray[np.float32], brain: NDArray[np.bool_], maps: tuple[NDArray[np.float32], ...]
+) -> None:
+    """Warn of scans that are probably not skull-stripped FLAIR in MNI space."""
+    csf, gm, wm = maps
+    if text := unlike_brain(values, brain, maps):
+        warnings.warn(f"{short(path)}: {text}", InputWarning, stacklevel=3)
+    regions = [values[brain & (m > 0.95)] for m in (csf, gm, wm)]
+    if min(len(r) for r in regions) < 100:
+        return
+    dark, gray, white = (float(np.median(r)) for r in regions)
+    if dark > 0.9 * white or gray < 0.85 * white:
+        medians = f"CSF {dark:.3g}, gray matter {gray:.3g}, white matter {white:.3g}"
+        warnings.warn(f"{short(path)}: looks like no FLAIR ({medians})", InputWarning, stacklevel=3)
+
+
+def unlike_brain(
+    values: NDArray[np.float32], brain: NDArray[np.bool_], maps: tuple[NDArray[np.float32], ...]
+) -> str | None:
+    """Return what makes a scan look not skull-stripped, or not in MNI space, None if nothing does.
+
+    Args:
+        values: Scan, shape `(I, J, K)`, any unit.
+        brain: What is taken as its brain.
+        maps: Those of `fitted_tissue_maps` for this brain.
+    """
+    head = ndimage.binary_dilation(sum(maps) > 0.5, iterations=5)
+    outside = (brain & ~head).sum() / max(brain.sum(), 1)
+    if outside > 0.15:
+        return f"{outside:.0%} of its non-zero voxels lie outside the MNI brain: skull, or not in MNI space?"
+    return "a shell unlike brain surrounds it: not skull-stripped?" if _has_shell(values, brain) else None
+
+
+def _has_shell(values: NDArray[np.float32], brain: NDArray[np.bool_]) -> bool:
+    """Whether a whole scan is brighter (scalp) or darker (skull) near its surface than deep inside.
+
+    Within 5 to 8 mm of the surface the median of skull-stripped FLAIR is that of the inside.
+    """
+    solid = ndimage.binary_fill_holes(brain[::2, ::2, ::2])
+    if not is_whole(brain) or solid.all():
+        return False
+    depth_mm = 2 * ndimage.distance_transform_edt(solid)
+    layers = ((0, 5), (5, 8), (20, np.inf))
+    parts = [values[::2, ::2, ::2][(depth_mm > low) & (depth_mm <= high)] for low, high in layers]
+    if min(p.size for p in parts) < 100:
+        return False
+    rim, below, inside = (float(np.median(p)) for p in parts)
+    return rim > 1.3 * inside or below < 0.75 * inside

@@ -1,0 +1,112 @@
+"""What a stage sees: patches drawn from shards or scans, or pairs made on the fly."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from synthlong.dataset.shards import subjects_of
+from synthlong.dataset.stream import PairStream
+from synthlong.manifest import CaseFiles, find_cases
+from synthlong.training.ahead import Ahead
+from synthlong.training.augmented import AugmentedPatches
+from synthlong.training.patches import Drawn, Network
+from synthlong.training.sides import drawn_from, read_sides, source_sha256
+from synthlong.training.stage_config import FinetuneConfig, PretrainConfig, SegmentConfig, StageConfig
+
+__all__ = ["DrawnPatches", "MadePairs", "Seen"]
+
+
+class Seen(Protocol):
+    """What a stage learns from and is measured on."""
+
+    about: dict[str, Any]
+
+    def batches(self, first: int, rank: int) -> Iterable[tuple[Tensor, ...]]:
+        """Return visits and truth of each step from `first` on, for one process."""
+
+    def validation(self) -> Drawn | None:
+        """Return visits and truth of patients held out; None: there are none."""
+
+
+class DrawnPatches:
+    """Patches drawn from shards or whole scans; those held out are not augmented."""
+
+    def __init__(self, source: Path, config: StageConfig, network: Network, *, readers: int) -> None:
+        training, self._held_out, self.about = read_sides(source, config, network)
+        if isinstance(config, SegmentConfig | FinetuneConfig):
+            training = AugmentedPatches(training, artifacts=config.artifacts, orientations=config.orientations)
+        self._training, self._config, self._readers = training, config, readers
+
+    def batches(self, first: int, rank: int) -> Ahead:
+        """See `Seen`."""
+        steps, draw = range(first, self._config.steps), self._config.draw
+        return Ahead(self._training, lambda p, step: draw(p, step, rank), steps=steps, readers=self._readers)
+
+    def validation(self) -> Drawn | None:
+        """See `Seen`."""
+        return drawn_from(self._held_out, self._config, self._config.positive_share)
+
+
+class MadePairs:
+    """Pairs made on the fly: pair n of step t is pair `t * batch + n` of a run that is never written."""
+
+    _KEYS = ("baseline", "followup", "new_lesions")
+
+    def __init__(self, source: Path, config: PretrainConfig, *, work: Path, readers: int) -> None:
+        files = find_cases(source)
+        patients = sorted({one.patient for one in files})
+        held_out: set[str] = set()
+        if config.folds > 1:
+            held_out = subjects_of("validation", patients, fold=config.fold, folds=config.folds)
+        self.about: dict[str, Any] = {"patients": sorted(set(patients) - held_out), "held_out": sorted(held_out)}
+        self.about["source"] = source_sha256(source, pairs=False)
+        self._steps, self._readers, self._work = config.steps, readers, work
+
+        def pairs_of(chosen: list[CaseFiles], *, pairs: int, batch: int) -> PairStream:
+            options: dict[str, Any] = {"pairs": pairs, "keys": self._KEYS, "batch_size": batch, "work": work}
+            return PairStream(chosen, config.synthesis, config.seed, **options)
+
+        learned = [one for one in files if one.patient not in held_out]
+        self._training = pairs_of(learned, pairs=config.batch * config.steps, batch=config.batch // config.ranks)
+        self._validation: Drawn | None = None
+        if held_out:
+            seen = [one for one in files if one.patient in held_out]
+            samples = list(pairs_of(seen, pairs=config.validation_patches, batch=1))
+            self._validation = tuple(np.stack([s[key].numpy() for s in samples]) for key in self._KEYS)
+
+    def batches(self, first: int, rank: int) -> _Made:
+        """See `Seen`."""
+        return _Made(self._training, steps=range(first, self._steps), workers=self._readers)
+
+    def validation(self) -> Drawn | None:
+        """See `Seen`."""
+        return self._validation
+
+    def remove(self) -> None:
+        """Remove the prepared cases, and nothing else that may lie beside them."""
+        for path in self._work.glob("case-*"):
+            shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):
+            self._work.rmdir()
+
+
+class _Made:
+    """The batches of a stream from a step on."""
+
+    def __init__(self, stream: PairStream, *, steps: range, workers: int) -> None:
+        self._stream, self._steps, self._workers = stream, steps, workers
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        if not self._steps:  # Lightning asks, even where a training stopped after its last step
+            return
+        loader = self._stream.loader(num_workers=self._workers)
+        loader.load_state_dict({**loader.state_dict(), "epoch": 0, "batches": self._steps.start})
+        for batch in loader:
+            yield tuple(batch[key] for key in self._stream.keys)
