@@ -6,13 +6,16 @@ from pathlib import Path
 
 import typer
 
+from .options import Prefer
+
 
 def atlas(
     masks: list[Path] = typer.Argument(..., help="Lesion masks in MNI152 space, any orientation and voxel size."),
     out: Path = typer.Option(..., "-o", "--out", help="Prior to write (.nii.gz); use it as `prior` in a config."),
+    prefer: Prefer = typer.Option(None, help="Which of two disagreeing orientations to use."),
 ) -> None:
     """Build a lesion prior; several masks of one `sub-ID` count as one patient."""
-    from synthlong.atlas import write_prior
+    from synthlong.atlas import patient_in, write_prior
 
-    write_prior(masks, out)
-    typer.echo(f"{out.name}: prior of {len(masks)} masks")
+    write_prior(masks, out, prefer=prefer.value if prefer else None)
+    typer.echo(f"{out.name}: prior of {len(masks)} masks of {len({patient_in(mask) for mask in masks})} patients")

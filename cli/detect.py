@@ -9,6 +9,8 @@ import typer
 
 from .options import Prefer
 
+_SHIPPED = ("concat", "siamese")
+
 
 class Precision(StrEnum):
     """How the networks compute."""
@@ -22,7 +24,9 @@ def detect(
     baseline: Path = typer.Argument(..., help="FLAIR of the first visit, NIfTI: raw or prepared."),
     followup: Path = typer.Argument(..., help="FLAIR of the second visit."),
     out: Path = typer.Option(..., "-o", "--out", help="Mask to write, on the follow-up's grid; its JSON beside it."),
-    weights: list[Path] = typer.Option([], help="Network; several are averaged.  [default: the shipped one]"),
+    weights: list[Path] = typer.Option(
+        [], help="Network, or siamese or concat, as shipped; several are averaged.  [default: concat]"
+    ),
     threshold: float = typer.Option(0.5, min=0, max=1, help="New is where the probability is higher."),
     min_volume: float = typer.Option(3.0, min=0, help="Lesions of this volume in mm3 or less are left out."),
     window: int = typer.Option(
@@ -57,6 +61,7 @@ def detect(
 
     from .progress import progress_bar
 
+    weights = [inference.shipped_detector(path.name) if str(path) in _SHIPPED else path for path in weights]
     inputs = [path for path in (baseline, followup, baseline_brain, followup_brain, *weights) if path is not None]
     cards = [path.with_suffix(".json") for path in weights]
     check_places(out, inputs=[*inputs, *cards], probability=probability, picture=picture)
@@ -79,6 +84,7 @@ def detect(
             config=replace(chosen, device=device),
             prefer=prefer.value if prefer else None,
             progress=show,
+            tell=lambda why: typer.echo(f"both visits are prepared first, about 3 minutes each: {why}", err=True),
         )
         detection = inference.detect(
             visits.baseline,

@@ -16,7 +16,7 @@ def generate(
     seed: int = typer.Option(..., help="Seed of every draw."),
     config: Path = typer.Option(None, help="SynthesisConfig as TOML."),
     shard_size: int = typer.Option(64, help="Pairs in a shard."),
-    workers: int = typer.Option(0, help="Processes; 0: one per processor."),
+    workers: int = typer.Option(0, min=0, help="Processes; 0: one per processor."),
     scheduler: str = typer.Option(None, help="Dask: an address (tcp://...) or a TOML file (slurm.toml)."),
     device: str = typer.Option(None, help="Torch device of the networks, e.g. cuda:0."),
     strict: bool = typer.Option(False, "--strict", help="Write nothing if a case cannot be used."),

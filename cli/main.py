@@ -27,6 +27,7 @@ from . import (
     train,
     verify,
 )
+from .options import each_with
 
 __all__ = ["app", "main"]
 
@@ -68,10 +69,6 @@ class _Terminated(BaseException):
     """SIGTERM, so that `finally` blocks run."""
 
 
-def _on_sigterm(_signal: int, _frame: Any) -> None:
-    raise _Terminated
-
-
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     if category.__name__ == "InputWarning":
         print(f"warning: {message}", file=sys.stderr)
@@ -84,10 +81,18 @@ def main(arguments: list[str] | None = None) -> int:
     debug = "--debug" in arguments
     if debug:
         arguments.remove("--debug")
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    terminated = False
+
+    def on_sigterm(_signal: int, _frame: Any) -> None:
+        nonlocal terminated
+        terminated = True
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, on_sigterm)
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
-        result = app(arguments, standalone_mode=False)
+        words = each_with(arguments, "--weights", ".safetensors")
+        result = app(words, prog_name="synthlong", standalone_mode=False)
         if result == 130:  # the argument parser's word for Ctrl-C
             raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
@@ -96,10 +101,10 @@ def main(arguments: list[str] | None = None) -> int:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only disturb what libraries do at exit
         print(f"stopped{_way_on(arguments)}", file=sys.stderr)
         return 130
-    except _Terminated:
-        print(f"terminated{_way_on(arguments)}", file=sys.stderr)
-        return 143
-    except Exception as error:
+    except (_Terminated, Exception) as error:
+        if terminated:  # whatever a library has made of it
+            print(f"terminated{_way_on(arguments)}", file=sys.stderr)
+            return 143
         if debug:
             traceback.print_exc()
         return _explain(error)
@@ -113,12 +118,15 @@ def _way_on(arguments: list[str]) -> str:
     )
 
 
-def _explain(error: Exception) -> int:
+def _explain(error: BaseException) -> int:
     from synthlong.errors import SynthlongError, short
 
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(error.format_message(), file=sys.stderr)  # type: ignore[attr-defined]
+        return 2
     if hasattr(error, "format_message"):  # a usage error of the argument parser
         hint = getattr(getattr(error, "ctx", None), "command_path", "synthlong")
-        print(f"error: {error.format_message()}; see `{hint} --help`", file=sys.stderr)
+        print(f"error: {error.format_message().rstrip('.')}; see `{hint} --help`", file=sys.stderr)
         return 2
     if isinstance(error, SynthlongError):
         print(f"error: {error}", file=sys.stderr)

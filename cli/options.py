@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from synthlong.errors import ConfigError
 
-__all__ = ["Prefer", "numbers_of"]
+__all__ = ["Prefer", "each_with", "numbers_of"]
 
 
 class Prefer(StrEnum):
@@ -14,6 +14,18 @@ class Prefer(StrEnum):
 
     sform = "sform"
     qform = "qform"
+
+
+def each_with(arguments: list[str], option: str, ending: str) -> list[str]:
+    """Return a command line in which an option stands before each of the files that follow it: `-w a b`, `-w *.x`."""
+    each: list[str] = []
+    following = False
+    for word in arguments:
+        if following and each[-1] != option and word.endswith(ending):
+            each.append(option)
+        following = word == option or (following and word.endswith(ending))
+        each.append(word)
+    return each
 
 
 def numbers_of(text: str, option: str) -> list[int]:

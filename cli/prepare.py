@@ -24,7 +24,7 @@ def prepare(
     config: Path = typer.Option(None, help="PreparationConfig as TOML."),
     participant_label: list[str] = typer.Option([], help="Only this subject; may be given several times."),
     brain_mask: str = typer.Option(None, help="Path of brain masks, with {subject} and {session} in it."),
-    workers: int = typer.Option(0, help="Processes; 0: one per processor and 4 GB."),
+    workers: int = typer.Option(0, help="Processes; 0: one per processor and 4.5 GB of memory."),
     device: str = typer.Option(None, help="Torch device of HD-BET and the inpainter, e.g. cuda:0."),
     break_lock: bool = typer.Option(False, "--break-lock", help="Take the folder from a writer that is gone."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Say what would be prepared, write nothing."),

@@ -13,10 +13,13 @@ def report(
     samples: int = typer.Option(12, help="Pairs to show."),
 ) -> None:
     """Write one self-contained HTML page: slices through the changes, counts, volumes, placements."""
+    from synthlong.errors import ConfigError
     from synthlong.report import write_report
 
     from .progress import progress_bar
 
+    if out.suffix not in (".html", ".htm"):
+        raise ConfigError(f"-o {out.name}: a report is named *.html")
     with progress_bar() as show:
         write_report(run, out, samples=samples, progress=show)
     typer.echo(f"{out.name} written")

@@ -19,7 +19,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,8 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from .errors import ConfigError, InputError
-from .nifti import read_nifti, write_nifti
+from synthlong.errors import ConfigError, InputError, short
+from synthlong.mask import check_binary
+from synthlong.nifti import read_nifti, write_nifti
 
 __all__ = [
     "FLOOR",
@@ -43,6 +44,7 @@ __all__ = [
     "lesion_prior",
     "mirror",
     "mni_affine",
+    "patient_in",
     "prior_path",
     "read_mask",
     "sample_map",
@@ -60,6 +62,7 @@ FWHM_MM = 6.0
 SYMMETRIC = True
 FLOOR = 0.02
 RIM_MM = 3.0
+_MOST_LESIONS_ML = 500
 
 ASSETS = Path(__file__).parent / "assets"
 TISSUE_LEVELS = 63
@@ -259,7 +262,12 @@ def held_out_log_likelihood(
 
 
 def write_prior(
-    masks: Sequence[str | Path], out: str | Path, *, fwhm_mm: float = FWHM_MM, symmetric: bool = SYMMETRIC
+    masks: Sequence[str | Path],
+    out: str | Path,
+    *,
+    fwhm_mm: float = FWHM_MM,
+    symmetric: bool = SYMMETRIC,
+    prefer: str | None = None,
 ) -> Array:
     """Build a lesion prior from mask files in MNI152 space and write it as NIfTI.
 
@@ -271,37 +279,54 @@ def write_prior(
         out: The NIfTI file to write, float32 lesion frequency.
         fwhm_mm: As for `build_prior`.
         symmetric: As for `build_prior`.
+        prefer: "sform" or "qform" where a mask's two disagree.
 
     Returns:
         The frequency that was written.
 
     Raises:
-        InputError: A mask is unreadable or has no lesion on the MNI grid.
-        ConfigError: No masks.
+        InputError: A mask is unreadable, no lesion mask, or has no lesion on the MNI grid.
+        ConfigError: No masks, or `out` is one of them or no name of a NIfTI file.
     """
-    frequency = with_floor(build_prior(map(read_mask, masks), fwhm_mm=fwhm_mm, symmetric=symmetric))
+    out = Path(out)
+    if not out.name.endswith((".nii", ".nii.gz")):
+        raise ConfigError(f"{short(out)}: a prior is written as .nii.gz")
+    if any(Path(mask).resolve() == out.resolve() for mask in masks):
+        raise ConfigError(f"{short(out)}: is one of the masks; choose another name for the prior")
+    read = partial(read_mask, prefer=prefer)
+    frequency = with_floor(build_prior(map(read, masks), fwhm_mm=fwhm_mm, symmetric=symmetric))
     write_nifti(out, frequency, mni_affine())
     return frequency
 
 
-def read_mask(path: str | Path) -> tuple[str, Array]:
+def read_mask(path: str | Path, *, prefer: str | None = None) -> tuple[str, Array]:
     """Read a lesion mask in MNI152 space onto the MNI grid (linear, so 0 to 1).
 
     Args:
-        path: The mask, any orientation and voxel size; a voxel above 0 is lesion.
+        path: The mask, any orientation and voxel size: 0 and one other value, a positive one.
+        prefer: "sform" or "qform" where the two disagree.
 
     Returns:
-        `(subject, mask)`; the subject is the name's `sub-XX` prefix, else the path.
+        `(subject, mask)`; see `patient_in` for the subject.
 
     Raises:
-        InputError: The mask is unreadable or has no lesion on the MNI grid.
+        InputError: The mask is unreadable, not binary, as large as a brain, or has no lesion on the MNI grid.
     """
-    volume = read_nifti(path)
+    volume = read_nifti(path, prefer=prefer)
+    check_binary(volume)
+    volume_ml = np.count_nonzero(volume.data) * abs(np.linalg.det(volume.affine[:3, :3])) / 1000
+    if volume_ml > _MOST_LESIONS_ML:
+        raise InputError(path, f"covers {volume_ml:.0f} ml, like a brain mask", "give lesion masks")
     mask = sample_map(volume.data > 0, volume.affine, MNI_SHAPE, mni_affine())
     if not mask.any():
         raise InputError(path, "no lesion on the MNI152 grid", "give lesion masks in MNI152 space")
+    return patient_in(path), mask
+
+
+def patient_in(path: str | Path) -> str:
+    """Return whose a mask is: the `sub-XX` that its name begins with, else the path."""
     found = re.match(r"sub-[^_.]+", Path(path).name)
-    return (found.group() if found else str(path)), mask
+    return found.group() if found else str(path)
 
 
 def encode_log(values: NDArray) -> NDArray[np.uint8]:

@@ -3,11 +3,13 @@
     NIfTI -> read_case -> Case
 
 MNI152 space, RAS+, 1 mm; intensities scaled so that the mode over brain tissue (no lesion, no CSF) is 1 and
-the background is 0. Every check of what a user hands in lives here and in `nifti`.
+the background is 0. What a user hands in is checked here, in `nifti`, `grid`, `looks` and `mask`.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,25 +23,24 @@ from synthlong.errors import InputError, InputWarning, short
 from synthlong.grid import SMALLEST_SIDE_MM, WorkingGrid
 from synthlong.hole import FLUID
 from synthlong.looks import check_looks
-from synthlong.nifti import Volume, read_nifti
+from synthlong.mask import WRONG_MASK, check_binary, check_labels, check_mask, clip_to_brain, read_beside
+from synthlong.nifti import Volume, read_nifti, sidecar_of
 from synthlong.resampling import Native
 from synthlong.tissue import CSF, classify_tissue, fitted_tissue_maps
 
 __all__ = [
+    "BRAIN_MODE",
     "Case",
-    "check_binary",
-    "check_labels",
-    "check_mask",
-    "clip_to_brain",
     "mode_of",
     "patient_of",
-    "read_beside",
     "read_case",
     "read_lesions",
 ]
 
+BRAIN_MODE = "BrainMode"
+"""Key of the JSON beside a FLAIR that states the mode of its brain tissue, in the scan's own units."""
+
 _KNOT_GRID = 4096
-_WRONG_MASK = "name the lesion mask in column 'mask'"
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +102,9 @@ def read_case(
 ) -> Case:
     """Read a FLAIR scan, and its lesion mask if there is one, in MNI152 space, any orientation and voxel size.
 
+    Where a JSON beside the FLAIR states its `BrainMode`, as `synthlong export` writes it, intensities are divided by
+    that: what artifacts did to a visit's gray scale stays.
+
     Args:
         flair: FLAIR, NIfTI. Skull-stripped: without `brain`, its non-zero voxels are the brain.
         mask: Lesion mask on the same grid: zero, and one other value; None: no lesion is known.
@@ -130,14 +134,16 @@ def read_case(
     if "brain" in extra:
         check_binary(extra["brain"])
         if lesion is not None and np.array_equal(brain_mask, lesion.data != 0):
-            raise InputError(lesion.path, "the lesion mask is the brain mask", _WRONG_MASK)
+            raise InputError(lesion.path, "the lesion mask is the brain mask", WRONG_MASK)
     labels = None
     if "tissue" in extra:
         check_labels(extra["tissue"])
         labels = grid.resample_labels(extra["tissue"].data)
     inside = np.zeros_like(brain_mask) if lesion is None else clip_to_brain(lesion, brain_mask)
     scan_mean, scan_sd = float(raw.mean(dtype=np.float64)), float(raw.std(dtype=np.float64))
-    values = grid.resample(_without_negatives(raw, brain_mask, flair))
+    mode = _stated_mode(flair)
+    clean = _without_negatives(raw, brain_mask, flair) if mode is None else np.where(brain_mask, np.maximum(raw, 0), 0)
+    values = grid.resample(clean)
     brain_mask, inside = grid.resample_mask(brain_mask), grid.carry_lesions(inside)
     inside &= brain_mask
     values = np.where(brain_mask, np.maximum(values, 0), 0).astype(np.float32)
@@ -147,7 +153,7 @@ def read_case(
     if np.median(values[brain_mask]) == 0:
         raise InputError(flair, "it is 0 in most of the brain mask", "check the brain mask")
     maps = fitted_tissue_maps(brain_mask, grid.affine)
-    check_looks(flair, values, brain_mask, maps)
+    check_looks(flair, values, brain_mask, maps, grid.affine)
     if labels is None:
         labels = classify_tissue(values, brain_mask, inside, maps)
     labels = np.where(brain_mask, labels, 0).astype(np.uint8)
@@ -155,7 +161,8 @@ def read_case(
     if tissue_values.size < 1000 or tissue_values.min() == tissue_values.max():
         problem = "too little brain tissue outside lesions and CSF"
         raise InputError(flair, problem, "check the brain mask and the labels")
-    mode = mode_of(tissue_values)
+    if mode is None:
+        mode = mode_of(tissue_values)
     if mode < 0.1 * tissue_values.mean(dtype=np.float64):
         raise InputError(flair, "much of its brain tissue is 0", "check the brain mask and the labels")
     values /= np.float32(mode)
@@ -195,63 +202,6 @@ def read_lesions(mask: Path, flair: Path) -> NDArray[np.uint8]:
     return inside.astype(np.uint8)
 
 
-def read_beside(path: Path, image: Volume, *, prefer: str | None = None, allow_empty: bool = True) -> Volume:
-    """Read a volume that must lie on the grid of `image`.
-
-    Raises:
-        InputError: It cannot be read, or its shape or affine is another.
-    """
-    volume = read_nifti(path, prefer=prefer, allow_empty=allow_empty)
-    if volume.data.shape != image.data.shape:
-        problem = f"shape {volume.data.shape}, but {short(image.path)} has {image.data.shape}"
-        raise InputError(path, problem, "resample one onto the other's grid")
-    corners = np.array(np.meshgrid(*[(0, n - 1) for n in image.data.shape], indexing="ij")).reshape(3, -1)
-    apart = np.linalg.inv(image.affine) @ volume.affine
-    moved = apart[:3, :3] @ corners + apart[:3, 3:] - corners
-    if np.abs(moved).max() > 1e-3:
-        problem = f"its grid lies {np.abs(moved).max():.3g} voxel off that of {short(image.path)}"
-        raise InputError(path, problem, "resample one onto the other's grid")
-    return volume
-
-
-def check_binary(volume: Volume) -> None:
-    """Raise an InputError unless all voxels are 0 or one other value, a positive one."""
-    positive = volume.data[volume.data != 0]
-    if positive.size and (positive.min() != positive.max() or positive.min() < 0):
-        problem = f"not a binary mask (values from {positive.min():g} to {positive.max():g} beside 0)"
-        raise InputError(volume.path, problem, "threshold it so that it holds 0 and one other value")
-
-
-def check_labels(tissue: Volume) -> None:
-    """Raise an InputError unless all voxels are 0, 1, 2 or 3."""
-    if not np.isin(tissue.data, (0, 1, 2, 3)).all():
-        raise InputError(tissue.path, "tissue labels other than 0-3", "use 0 background, 1 CSF, 2 GM, 3 WM")
-
-
-def check_mask(mask: Volume, image: Volume) -> None:
-    """Raise an InputError unless a volume can be the lesion mask of a scan."""
-    if mask.sha256 == image.sha256 or np.array_equal(mask.data, image.data):
-        raise InputError(mask.path, "the mask is the FLAIR itself", _WRONG_MASK)
-    check_binary(mask)
-    lesion, scan = mask.data != 0, image.data != 0
-    if lesion.any() and lesion.sum() > 0.5 * scan.sum():
-        problem = f"the mask covers {lesion.sum() / scan.sum():.0%} of the scan, like a brain mask"
-        raise InputError(mask.path, problem, _WRONG_MASK)
-
-
-def clip_to_brain(mask: Volume, brain: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Return a mask's lesions within the brain, with a warning if some are not; a tenth outside is an InputError."""
-    lesion = mask.data != 0
-    outside = int((lesion & ~brain).sum())
-    if outside > 0.1 * lesion.sum():
-        problem = f"{outside} of {lesion.sum()} lesion voxels lie outside the brain"
-        raise InputError(mask.path, problem, "check that mask and scan belong together")
-    if outside:
-        text = f"{short(mask.path)}: {outside} of {lesion.sum()} lesion voxels outside the brain are left out"
-        warnings.warn(text, InputWarning, stacklevel=3)
-    return lesion & brain
-
-
 def _warn_empty(mask: Volume, inside: NDArray[np.bool_]) -> None:
     if not inside.any():
         text = "no lesion in the mask: only synthetic lesions will change"
@@ -270,6 +220,15 @@ def _without_negatives(raw: NDArray, brain: NDArray[np.bool_], path: Path) -> ND
     elif negative:
         warnings.warn(f"{short(path)}: {negative} negative voxels set to 0", InputWarning, stacklevel=3)
     return np.where(brain, np.maximum(raw - shift, 0), 0).astype(np.float32)
+
+
+def _stated_mode(path: Path) -> float | None:
+    """Return the mode of brain tissue that the JSON beside a scan states, in the scan's units; None if it does not."""
+    try:
+        mode = json.loads(sidecar_of(path).read_bytes()).get(BRAIN_MODE)
+    except (OSError, ValueError, AttributeError):
+        return None
+    return float(mode) if isinstance(mode, (int, float)) and 0 < mode < math.inf else None
 
 
 def mode_of(values: NDArray[np.float32]) -> float:

@@ -10,17 +10,21 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from synthlong.errors import InputWarning, short
-from synthlong.tissue import is_whole
+from synthlong.tissue import is_whole, misplaced
 
 __all__ = ["check_looks", "unlike_brain"]
 
 
 def check_looks(
-    path: Path, values: NDArray[np.float32], brain: NDArray[np.bool_], maps: tuple[NDArray[np.float32], ...]
+    path: Path,
+    values: NDArray[np.float32],
+    brain: NDArray[np.bool_],
+    maps: tuple[NDArray[np.float32], ...],
+    affine: NDArray[np.float64],
 ) -> None:
     """Warn of scans that are probably not skull-stripped FLAIR in MNI space."""
     csf, gm, wm = maps
-    if text := unlike_brain(values, brain, maps):
+    if text := unlike_brain(values, brain, maps, affine):
         warnings.warn(f"{short(path)}: {text}", InputWarning, stacklevel=3)
     regions = [values[brain & (m > 0.95)] for m in (csf, gm, wm)]
     if min(len(r) for r in regions) < 100:
@@ -32,7 +36,10 @@ def check_looks(
 
 
 def unlike_brain(
-    values: NDArray[np.float32], brain: NDArray[np.bool_], maps: tuple[NDArray[np.float32], ...]
+    values: NDArray[np.float32],
+    brain: NDArray[np.bool_],
+    maps: tuple[NDArray[np.float32], ...],
+    affine: NDArray[np.float64],
 ) -> str | None:
     """Return what makes a scan look not skull-stripped, or not in MNI space, None if nothing does.
 
@@ -40,7 +47,10 @@ def unlike_brain(
         values: Scan, shape `(I, J, K)`, any unit.
         brain: What is taken as its brain.
         maps: Those of `fitted_tissue_maps` for this brain.
+        affine: Of the grid.
     """
+    if apart_mm := misplaced(brain, affine):
+        return f"its middle lies {apart_mm:.0f} mm off that of the MNI brain: not in MNI space?"
     head = ndimage.binary_dilation(sum(maps) > 0.5, iterations=5)
     outside = (brain & ~head).sum() / max(brain.sum(), 1)
     if outside > 0.15:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import os
 import re
 import warnings
@@ -135,7 +136,7 @@ def manifest_rows(
     """Yield subject, session ("" if there is none) and files by column of each line of a manifest.
 
     Args:
-        path: CSV file; paths in it are relative to it.
+        path: CSV file, separated by commas, semicolons or tabs; paths in it are relative to it.
         needed: Columns that each line must fill in, beside `subject`.
         optional: Columns that it may.
         existing: Whether a path that does not exist is refused here; else whoever reads the file says so.
@@ -146,12 +147,17 @@ def manifest_rows(
     columns = ("subject", *needed)
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file)
-            found = [c.strip() for c in rows.fieldnames or []]
+            text = file.read()
+            head = text.lstrip()
+            first = head.partition("\n")[0]
+            rows = csv.DictReader(io.StringIO(head, newline=""), delimiter=max(",;\t", key=first.count))
+            above = text[: len(text) - len(head)].count("\n")
+            found = [c.strip().casefold() for c in rows.fieldnames or []]
             missing = [c for c in columns if c not in found]
             if missing:
                 problem = f"column{'s' * (len(missing) > 1)} missing: {', '.join(missing)}"
-                way = f"the first line must read {','.join(columns)}[,{','.join(optional)}]"
+                more = ",".join(["session", *optional]) if optional else "session"
+                way = f"the first line must read {','.join(columns)}[,{more}]"
                 raise InputError(path, problem, way)
             if twice := {c for c in found if c in _KNOWN and found.count(c) > 1}:
                 raise InputError(path, f"columns named twice: {', '.join(sorted(twice))}", "keep one of each")
@@ -159,7 +165,10 @@ def manifest_rows(
             if unknown:
                 text = f"{short(path)}: columns not used: {', '.join(ascii(c)[1:-1] for c in unknown)}"
                 warnings.warn(text, InputWarning, stacklevel=5)
-            lines = [(rows.line_num, {k.strip(): (v or "").strip() for k, v in r.items() if k}) for r in rows]
+            lines = [
+                (above + rows.line_num, {k.strip().casefold(): (v or "").strip() for k, v in row.items() if k})
+                for row in rows
+            ]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         problem = f"not a readable CSV file ({type(error).__name__})"
         raise InputError(path, problem, "save it as UTF-8 CSV") from error
@@ -185,6 +194,10 @@ def manifest_rows(
 
 def _in_manifest(path: Path) -> Iterator[CaseFiles]:
     for subject, session, files in manifest_rows(path, needed=_NEEDED, optional=_OPTIONAL, existing=False):
+        for file in files.values():
+            if not os.path.lexists(file):
+                text = f"{short(path)}: names {short(file)}, which does not exist; paths are relative to the manifest"
+                warnings.warn(text, InputWarning, stacklevel=4)
         yield CaseFiles(f"{subject}_ses-{session}" if session else subject, **files)
 
 

@@ -51,6 +51,8 @@ class Options:
         try:
             return cls.from_dict(values | overruling)
         except ConfigError as error:
+            if any(str(error).startswith(f"{name} = ") for name in overruling):
+                raise
             raise ConfigError(f"{short(path)}: {error}") from error
 
     @classmethod

@@ -7,13 +7,15 @@ doi 10.1016/j.neuroimage.2005.02.018, without the deformation.
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from synthlong.atlas import mni_affine, sample_map, tissue_maps
 
-__all__ = ["CSF", "GRAY", "WHITE", "classify_tissue", "fitted_tissue_maps", "is_whole"]
+__all__ = ["CSF", "GRAY", "WHITE", "classify_tissue", "fitted_tissue_maps", "is_whole", "misplaced"]
 
 CSF, GRAY, WHITE = 1, 2, 3
 
@@ -21,6 +23,7 @@ _CSF_FLOOR, _MATTER_FLOOR = 0.2, 0.05  # how much the scan may overrule the maps
 _ITERATIONS = 25
 _EVERY = 10
 _TOUCHED = 0.05  # of the largest cross-section
+_FARTHEST_MM, _SMALLEST_ML = 12.0, 500
 
 
 def is_whole(brain: NDArray[np.bool_]) -> bool:
@@ -34,7 +37,7 @@ def fitted_tissue_maps(brain: NDArray[np.bool_], affine: NDArray[np.float64]) ->
 
     Scans that were registered rigidly keep their own size, 10 to 20 % a side off the template. Where a whole
     brain is more than 10 % off in volume, the maps are shifted and scaled, axis by axis, to the mean and SD
-    of its coordinates.
+    of its coordinates; not where it is `misplaced`.
 
     Args:
         brain: Brain voxels, shape `(I, J, K)`.
@@ -42,16 +45,38 @@ def fitted_tissue_maps(brain: NDArray[np.bool_], affine: NDArray[np.float64]) ->
     """
     maps = tissue_maps()
     home = mni_affine()
-    if is_whole(brain):
-        own = np.argwhere(brain[::2, ::2, ::2]) * 2.0 + affine[:3, 3]
-        usual = np.argwhere((maps[1] + maps[2] > 0.5)[::2, ::2, ::2]) * 2.0 + home[:3, 3]
-        scale = own.std(axis=0) / usual.std(axis=0)
+    if is_whole(brain) and misplaced(brain, affine) is None:
+        (centre, extent), (usual_centre, usual_extent) = _lies(brain, affine), _usual()
+        scale = extent / usual_extent
         if abs(scale.prod() - 1) > 0.1 and (scale > 0.7).all() and (scale < 1.4).all():
             fit = np.eye(4)
             fit[:3, :3] = np.diag(scale)
-            fit[:3, 3] = own.mean(axis=0) - scale * usual.mean(axis=0)
+            fit[:3, 3] = centre - scale * usual_centre
             home = fit @ home
     return tuple(np.clip(sample_map(m, home, brain.shape, affine), 0, 1) for m in maps)
+
+
+def misplaced(brain: NDArray[np.bool_], affine: NDArray[np.float64]) -> float | None:
+    """Return how far a whole brain's centre lies from that of the template, mm, if that is too far for MNI space.
+
+    The centres of registered brains were 0 to 6 mm apart; 12 is too far. None where part of a brain is cut off.
+    """
+    if brain.sum() < _SMALLEST_ML * 1000 or not is_whole(brain):
+        return None
+    apart_mm = float(np.linalg.norm(_lies(brain, affine)[0] - _usual()[0]))
+    return apart_mm if apart_mm > _FARTHEST_MM else None
+
+
+def _lies(brain: NDArray[np.bool_], affine: NDArray[np.float64]) -> tuple[NDArray, NDArray]:
+    """Return mean and SD of the coordinates of a brain along each axis."""
+    at = np.argwhere(brain[::2, ::2, ::2]) * 2.0 + affine[:3, 3]
+    return at.mean(axis=0), at.std(axis=0)
+
+
+@cache
+def _usual() -> tuple[NDArray, NDArray]:
+    _, gray, white = tissue_maps()
+    return _lies(gray + white > 0.5, mni_affine())
 
 
 def classify_tissue(

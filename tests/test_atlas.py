@@ -7,6 +7,7 @@ import pytest
 from synthlong import atlas
 from synthlong.atlas import MNI_SHAPE, build_prior, lesion_prior, mirror, mni_affine, sample_map, tissue_maps
 from synthlong.errors import ConfigError, InputError
+from synthlong.nifti import write_nifti
 
 ASSETS = atlas.ASSETS
 
@@ -345,3 +346,23 @@ def test_bundled_cases_are_listed_and_carry_no_text():
             assert image.affine[:3, 3].tolist() == [90, -126, -72]
         assert set(np.unique(np.asanyarray(image.dataobj))) == {0, 1}
     assert len(lines) == 3
+
+
+def test_what_is_no_lesion_mask_makes_no_prior(tmp_path):
+    scan = np.zeros((91, 109, 91), np.float32)
+    scan[20:60, 20:80, 20:60] = np.linspace(1, 2, 40)
+    affine = atlas.mni_affine() @ np.diag([2, 2, 2, 1])
+    write_nifti(tmp_path / "flair.nii", scan, affine)
+    with pytest.raises(InputError, match=r"flair.nii: not a binary mask"):
+        atlas.write_prior([tmp_path / "flair.nii"], tmp_path / "p.nii")
+    write_nifti(tmp_path / "brain.nii", (scan > 0).astype(np.uint8), affine)
+    with pytest.raises(InputError, match=r"brain.nii: covers 768 ml, like a brain mask"):
+        atlas.write_prior([tmp_path / "brain.nii"], tmp_path / "p.nii")
+    small = (scan > 1.9).astype(np.uint8)
+    write_nifti(tmp_path / "mask.nii", small, affine)
+    before = (tmp_path / "mask.nii").read_bytes()
+    for out, said in (("mask.nii", "is one of the masks"), ("p.npz", "is written as .nii.gz")):
+        with pytest.raises(ConfigError, match=said):
+            atlas.write_prior([tmp_path / "mask.nii"], tmp_path / out)
+    assert (tmp_path / "mask.nii").read_bytes() == before
+    assert not (tmp_path / "p.npz").exists()

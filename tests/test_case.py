@@ -639,7 +639,7 @@ def test_white_matter_of_zero_is_no_division(read, ventricles):
         read(flair, np.zeros_like(v.mask), v.affine, brain=brain)
     maps = [np.float32(v.tissue == label) for label in (1, 2, 3)]
     with warned("looks like no FLAIR (CSF 300, "):
-        check_looks(Path("data/sub-7_flair.nii"), flair, brain > 0, tuple(maps))
+        check_looks(Path("data/sub-7_flair.nii"), flair, brain > 0, tuple(maps), v.affine)
 
 
 @pytest.fixture(scope="module")
@@ -698,3 +698,14 @@ def test_cs19_loses_three_lesion_voxels_outside_its_brain(bundled):
     assert case.lesions.sum() == 49766
     assert (case.tissue[case.lesions > 0] == WHITE).all()
     assert slow_mode(case) == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.filterwarnings("ignore:.*looks like no FLAIR")
+@pytest.mark.parametrize("moved_mm", [(40, 40, 0), (0, 0, -20), (100, 0, 0)])
+def test_a_brain_far_from_the_middle_of_mni_space_is_named(read, whole, moved_mm):
+    affine = whole.affine.copy()
+    affine[:3, 3] += moved_mm
+    with pytest.warns(InputWarning) as said:
+        read(whole.flair, whole.mask, affine)
+    text = next(str(w.message) for w in said if "mm off that of the MNI brain" in str(w.message))
+    assert int(text.split("lies ")[1].split(" mm")[0]) == pytest.approx(np.linalg.norm(moved_mm), abs=4)

@@ -8,6 +8,7 @@ import sys
 import pytest
 from running import group_is_gone, started, wait_for
 from synthlong_cli.main import main
+from synthlong_cli.options import each_with
 
 from synthlong.atlas import ASSETS
 from synthlong.dataset.shards import ShardDataset
@@ -33,6 +34,52 @@ def test_help_needs_no_torch():
 def test_every_verb_explains_itself(verb, capsys):
     assert main([verb, "--help"]) == 0
     assert "Usage:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [[], ["train"]])
+def test_no_word_shows_the_help(words, capsys):
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.lstrip().startswith("Usage: synthlong")
+    assert "error" not in said
+
+
+def test_a_missing_option_is_named_in_one_line(capsys):
+    assert main(["generate", "cases.csv", "-o", "out", "--pairs", "3"]) == 2
+    assert capsys.readouterr().err == "error: Missing option '--seed'; see `synthlong generate --help`\n"
+
+
+def test_sigterm_is_no_failure_whatever_a_library_makes_of_it(monkeypatch, capsys):
+    def muddled(*_, **__):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            raise RuntimeError("release unlocked lock")
+
+    monkeypatch.setattr("synthlong_cli.main.app", muddled)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(["verify", "pairs"]) == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == "terminated\n"
+
+
+def test_several_files_may_follow_one_option():
+    words = ["detect", "b.nii", "f.nii", "--weights", "a.safetensors", "b.safetensors", "-o", "m.nii"]
+    each = ["--weights", "a.safetensors", "--weights", "b.safetensors"]
+    assert each_with(words, "--weights", ".safetensors") == ["detect", "b.nii", "f.nii", *each, "-o", "m.nii"]
+    usual = ["detect", "b", "f", *each, "-o", "m"]
+    assert each_with(usual, "--weights", ".safetensors") == usual
+    alone = ["fit", "inpainter", "c", "-o", "w.safetensors"]
+    assert each_with(alone, "--weights", ".safetensors") == alone
+
+
+def test_a_report_is_not_written_over_a_manifest(tmp_path, capsys):
+    (tmp_path / "cases.csv").write_text("subject")
+    assert main(["report", str(tmp_path), "-o", str(tmp_path / "cases.csv")]) == 2
+    assert "a report is named *.html" in capsys.readouterr().err
+    assert (tmp_path / "cases.csv").read_text() == "subject"
 
 
 @pytest.mark.parametrize(

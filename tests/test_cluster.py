@@ -154,3 +154,20 @@ def test_jobs_of_a_batch_system(manifest, whole, out, tmp_path):
     (tmp_path / "jobs.toml").write_text("[local]\njobs = 1\nmemory = '4GB'\n")
     generate(manifest, out, scheduler=str(tmp_path / "jobs.toml"), **OPTIONS)
     assert bytes_of(out) == whole
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("echo 'sbatch: error: invalid partition specified: cpu' >&2; exit 1", "invalid partition specified: cpu"),
+        (None, "No such file or directory: 'sbatch'"),
+    ],
+)
+def test_jobs_that_are_refused_are_not_waited_for(tmp_path, monkeypatch, script, said):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if script is not None:
+        (tmp_path / "sbatch").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "sbatch").chmod(0o755)
+    (tmp_path / "jobs.toml").write_text("[slurm]\njobs = 2\nmemory = '4GB'\nqueue = 'cpu'\n")
+    with pytest.raises(OutputError, match=rf"jobs.toml: no job can be submitted \(.*{said}\)"):
+        DaskPool(str(tmp_path / "jobs.toml"), folder=tmp_path, environment=environment("cpu"))

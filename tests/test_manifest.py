@@ -62,6 +62,10 @@ def test_rows_become_cases_sorted_by_id_with_paths_beside_the_manifest(folder):
         ("subject,flair,mask\nx,a.nii,m.nii,,\n\n,,\n", "utf-8"),  # what spreadsheets leave behind
         ("subject,flair,mask,,\nx,a.nii,m.nii,,\n", "utf-8"),
         ("subject,flair,mask,new_lesions,new_lesions_xfm\nx,a.nii,m.nii,,\n", "utf-8"),
+        ("subject;flair;mask\nx;a.nii;m.nii\n", "utf-8-sig"),
+        ("subject\tflair\tmask\nx\ta.nii\tm.nii\n", "utf-8"),
+        ("Subject,FLAIR,Mask\nx,a.nii,m.nii\n", "utf-8"),
+        ("\n\r\nsubject,flair,mask\nx,a.nii,m.nii\n", "utf-8"),
     ],
 )
 def test_what_spreadsheets_and_editors_do_is_understood(folder, text, encoding):
@@ -99,7 +103,7 @@ def test_absolute_paths_stay(folder, tmp_path):
     [
         ("subject,flair", "column missing: mask"),
         ("id,flair,mask", "column missing: subject"),
-        ("subject;flair;mask", "columns missing: subject, flair, mask"),
+        ("subject|flair|mask", "columns missing: subject, flair, mask"),
         ("", "columns missing: subject, flair, mask"),
         ("subject,flair,mask,mask", "columns named twice: mask"),
     ],
@@ -167,9 +171,19 @@ def test_a_path_that_does_not_exist_is_named_with_its_line(folder):
 
 def test_a_missing_file_is_a_matter_of_its_case(folder):
     source = manifest(folder, "subject,flair,mask\nx,a.nii,m.nii\ny,a.nii,gone.nii\n")
-    assert [files.subject for files in find_cases(source)] == ["x", "y"]
+    with pytest.warns(
+        InputWarning, match=r"cases.csv: names data/gone.nii, which does not exist; paths are relative to"
+    ):
+        cases = find_cases(source)
+    assert [files.subject for files in cases] == ["x", "y"]
     with pytest.raises(InputError, match=r"gone.nii: cannot be read"):
-        find_cases(source)[1].hashes()
+        cases[1].hashes()
+
+
+def test_lines_are_counted_as_an_editor_does(folder):
+    source = manifest(folder, "\n\nsubject,flair,mask\nx,a.nii,m.nii\ny,a.nii,gone.nii\n")
+    with pytest.raises(InputError, match="line 5 names it"):
+        list(manifest_rows(source, needed=("flair", "mask"), optional=()))
 
 
 @pytest.mark.parametrize("row", ["x,a.nii", "x,a.nii,", "x"])

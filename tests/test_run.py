@@ -10,6 +10,7 @@ from running import Here, bytes_of, put
 from synthlong import Recipe, ShardDataset
 from synthlong.artifacts import RandomAnisotropicDownsampling, RandomGaussianNoise
 from synthlong.artifacts.base import axial_axis
+from synthlong.case import read_case
 from synthlong.dataset import run as module
 from synthlong.dataset.export import export_pairs, write_pair
 from synthlong.dataset.plan import read_plan, source_of
@@ -240,6 +241,17 @@ def test_export_is_bids_with_true_geometry(run, tmp_path):
     with pytest.raises(OutputError, match="another pair"):
         write_pair(tmp_path, 2, other)
     np.testing.assert_array_equal(nib.load(image.get_filename()).get_fdata(dtype=np.float32), image.get_fdata())
+
+
+def test_exported_visits_are_read_back_in_their_own_gray_scales(run, tmp_path):
+    write_pair(tmp_path, 0, replay(run, 0, whole=True))
+    for number, name in enumerate(("baseline", "followup"), start=1):
+        path = tmp_path / f"sub-syn0000/ses-{number}/anat/sub-syn0000_ses-{number}_FLAIR.nii.gz"
+        written = nib.load(path).get_fdata(dtype=np.float32)
+        case = read_case(path)
+        turned = nib.as_closest_canonical(nib.load(path)).get_fdata(dtype=np.float32)
+        np.testing.assert_array_equal(case.flair, np.maximum(turned, 0))
+        assert (written < 0).any() or number == 2, name  # artifacts leave noise below 0
 
 
 @pytest.mark.usefixtures("here")

@@ -585,7 +585,7 @@ def test_folds_are_those_of_every_machine(run: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"split": "train"}, "number of subjects .4., not 5"),
+        ({"split": "train"}, "folds = 5: there are 4 patients; use 2 to 4"),
         ({"split": "train", "folds": 1}, "folds"),
         ({"split": "train", "folds": 3, "fold": 3}, "fold must be"),
         ({"split": "test", "folds": 3}, "'test'"),

@@ -13,6 +13,7 @@ import time
 import tomllib
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -74,18 +75,20 @@ class DaskPool(Pool):
         except ImportError as error:
             raise ConfigError('--scheduler needs Dask: pip install "synthlong[dask]"') from error
         dask.config.set({"distributed.scheduler.allowed-failures": 2})
-        for name in ("distributed", "tornado.application"):
+        for name in ("distributed", "tornado.application", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # no walls of text on Ctrl-C
         self._where, self._cluster = where, None
+        refused: list[str] = []
         if where.endswith(".toml"):
-            self._cluster, patience = _cluster(Path(where)), None
-        elif "://" in where:
-            patience = _PATIENCE_S
-        else:
+            self._cluster = _cluster(Path(where), refused)
+        elif "://" not in where:
             raise ConfigError(f"--scheduler {where}: give an address such as tcp://host:8786, or a TOML file")
         try:
             self._client = distributed.Client(self._cluster or where, timeout=_PATIENCE_S, set_as_default=False)
-            self._client.wait_for_workers(1, timeout=patience)
+            if self._cluster is None:
+                self._client.wait_for_workers(1, timeout=_PATIENCE_S)
+            else:
+                self._wait_in_queue(refused)
         except (OSError, TimeoutError) as error:
             self._close_cluster()
             way = "start it with `dask scheduler` and `dask worker --nthreads 1`"
@@ -109,6 +112,15 @@ class DaskPool(Pool):
         except BaseException:
             self.stop()
             raise
+
+    def _wait_in_queue(self, refused: list[str]) -> None:
+        """Wait for the first job, however long the queue is, unless the batch system refuses the jobs."""
+        while not refused:
+            with suppress(TimeoutError):
+                return self._client.wait_for_workers(1, timeout=_ASK_S)
+        self._client.close()
+        self._close_cluster()
+        raise OutputError(self._where, f"no job can be submitted ({refused[0]})", "correct it, then try again")
 
     @property
     def size(self) -> int:  # type: ignore[override]
@@ -154,8 +166,8 @@ class DaskPool(Pool):
             self._cluster.close()
 
 
-def _cluster(path: Path) -> Any:
-    """Start the jobs that a TOML file asks for."""
+def _cluster(path: Path, refused: list[str]) -> Any:
+    """Submit the jobs that a TOML file asks for; `refused` gets what the batch system says against it."""
     import dask_jobqueue
     from dask_jobqueue.local import LocalCluster
 
@@ -170,8 +182,20 @@ def _cluster(path: Path) -> Any:
     except (ValueError, KeyError, AttributeError) as error:
         systems = ", ".join(_SYSTEMS)
         raise ConfigError(f"{path.name}: must hold one table, of {systems}, with `jobs = N` in it") from error
+
+    class Job(kind.job_cls):  # type: ignore[name-defined]
+        """A job whose submission is watched: `dask_jobqueue` itself waits for ever."""
+
+        async def _submit_job(self, script: str) -> Any:
+            try:
+                return await super()._submit_job(script)
+            except (OSError, RuntimeError) as error:
+                said = str(error).partition("stderr:\n")[2].strip() or str(error)
+                refused.append(said.splitlines()[0])
+                raise
+
     try:
-        cluster = kind(**{"processes": 1, "cores": 1, **options})
+        cluster = kind(**{"processes": 1, "cores": 1, "job_cls": Job, **options})
         cluster.scale(jobs=jobs)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{path.name}: [{system}] is not understood ({error})") from error

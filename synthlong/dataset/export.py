@@ -8,9 +8,10 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from synthlong.case import BRAIN_MODE
 from synthlong.dataset.shards import MASKS, ShardDataset, publish
 from synthlong.errors import ConfigError, OutputError
-from synthlong.nifti import write_nifti
+from synthlong.nifti import sidecar_of, write_nifti
 from synthlong.pair import Pair
 from synthlong.recipe import Recipe
 
@@ -58,9 +59,9 @@ def write_pair(out: Path, number: int, pair: Pair) -> Path:
     subject = f"sub-syn{number:04d}"
     _check_same(out, subject, pair)
     for ses, image in (("1", pair.baseline), ("2", pair.followup)):
-        write_nifti(
-            _made(out / subject / f"ses-{ses}" / "anat") / f"{subject}_ses-{ses}_FLAIR.nii.gz", image, pair.affine
-        )
+        path = _made(out / subject / f"ses-{ses}" / "anat") / f"{subject}_ses-{ses}_FLAIR.nii.gz"
+        write_nifti(path, image, pair.affine)
+        publish(sidecar_of(path), json.dumps({BRAIN_MODE: 1.0, "SkullStripped": True}).encode() + b"\n")
     derived = _made(out / "derivatives" / "synthlong" / subject)
     for name in MASKS:
         kind = "dseg" if name == "evolution" else "mask"

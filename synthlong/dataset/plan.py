@@ -20,7 +20,7 @@ import synthlong
 from synthlong.atlas import prior_path
 from synthlong.dataset.lock import LOCK
 from synthlong.dataset.shards import canonical_json, publish
-from synthlong.errors import ConfigError, InputError, OutputError
+from synthlong.errors import ConfigError, InputError, OutputError, short
 from synthlong.inpainting import Inpainter
 from synthlong.lesions import LesionBank
 from synthlong.painting import LesionPainter
@@ -204,7 +204,7 @@ def check_folder(out: Path) -> None:
         foreign = [p.name for p in out.iterdir() if p.name not in (LOCK, "work") and not is_leftover(p.name)]
         if foreign:
             problem = f"the folder is not empty and holds no run (first: {min(foreign)!a})"
-            raise ConfigError(f"{out.name}: {problem}; name a new or empty folder")
+            raise ConfigError(f"{short(out)}: {problem}; name a new or empty folder")
 
 
 def is_leftover(name: str) -> bool:

@@ -234,7 +234,8 @@ def subjects_of(split: str | None, subjects: Sequence[str], *, fold: int, folds:
     if split not in ("train", "validation"):
         raise ConfigError(f"split must be 'train' or 'validation', not {split!r}")
     if not 2 <= folds <= len(subjects):
-        raise ConfigError(f"folds must be from 2 to the number of subjects ({len(subjects)}), not {folds}")
+        enough = f"use 2 to {len(subjects)}" if len(subjects) > 1 else "add patients, or use all of them"
+        raise ConfigError(f"folds = {folds}: there are {len(subjects)} patients; {enough}")
     if not 0 <= fold < folds:
         raise ConfigError(f"fold must be from 0 to {folds - 1}, not {fold}")
     dealt = sorted(subjects, key=lambda subject: hashlib.sha256(subject.encode()).digest())

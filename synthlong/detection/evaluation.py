@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import wilcoxon
 
-from synthlong.case import check_binary, read_beside
 from synthlong.dataset.writer import publish
 from synthlong.detection.scores import KEYS, LesionScores, lesion_scores
 from synthlong.errors import InputError, InputWarning, short
+from synthlong.mask import check_binary, read_beside
 from synthlong.nifti import Volume, read_nifti
 
 __all__ = [

@@ -180,9 +180,9 @@ def read_detectors(paths: Sequence[Path] = ()) -> tuple[LongitudinalUNet, ...]:
     return tuple(networks)
 
 
-def shipped_detector() -> Path:
-    """Return the path of the weights of `DEFAULT_DETECTOR`."""
-    return Path(synthlong.__file__).parent / "assets" / f"{DEFAULT_DETECTOR}.safetensors"
+def shipped_detector(name: str = DEFAULT_DETECTOR) -> Path:
+    """Return the path of shipped weights, "concat" or "siamese"."""
+    return Path(synthlong.__file__).parent / "assets" / f"{name}.safetensors"
 
 
 def window_of(networks: Sequence[LongitudinalUNet], window: int | None = None) -> int:

@@ -81,6 +81,7 @@ def read_visits(
     config: PreparationConfig | None = None,
     prefer: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Visits:
     """Read two visits of a patient, and prepare them where they need it.
 
@@ -93,6 +94,7 @@ def read_visits(
         config: How raw scans are prepared: by recipe "kamraoui"; no lesion is filled.
         prefer: "sform" or "qform" where a file's two disagree.
         progress: Called as (stage, done, total) while they are prepared.
+        tell: Called before they are, with the reason.
 
     Raises:
         InputError: A file that cannot be used; or they are not two visits of one patient.
@@ -111,6 +113,8 @@ def read_visits(
     if not isinstance(found, str):
         about = _about(files[0], files[0].path, "figures/"), _about(files[1], files[1].path, "figures/")
         return Visits(*found, files[1], np.eye(4), None, about)
+    if tell:
+        tell(found)
     with nullcontext(work) if work else TemporaryDirectory(prefix="synthlong-") as place:
         flairs = _prepare(files, brains, Path(place), found, config=config, prefer=prefer, progress=progress)
         with warnings.catch_warnings():
@@ -189,8 +193,8 @@ def _as_they_are(files: tuple[Volume, Volume], brains: _Masks, prefer: str | Non
             role = _ROLES[error.path == files[1].path]
             return f"the {role} cannot be used as it is ({error.problem})"
     for role, case in zip(_ROLES, cases, strict=True):
-        brain = case.brain > 0
-        if text := unlike_brain(case.flair, brain, fitted_tissue_maps(brain, case.affine)):
+        brain, affine = case.brain > 0, case.affine
+        if text := unlike_brain(case.flair, brain, fitted_tissue_maps(brain, affine), affine):
             return f"the {role} cannot be used as it is ({text})"
     for warning in said:
         warnings.warn(warning.message, stacklevel=4)

@@ -17,11 +17,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from synthlong.case import check_binary, check_labels, check_mask, clip_to_brain, read_beside
 from synthlong.errors import InputError, InputWarning, short
 from synthlong.healthy import write_healthy
 from synthlong.inpainting import Inpainter
 from synthlong.manifest import CaseFiles
+from synthlong.mask import check_binary, check_labels, check_mask, clip_to_brain, read_beside
 from synthlong.nifti import Volume, read_nifti, write_nifti
 from synthlong.pictures import png_bytes
 from synthlong.preparation.config import PreparationConfig

@@ -56,7 +56,7 @@ class TrainingConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check(("device",), lambda v: v in ("cpu", "cuda"), "cpu or cuda")
+        self.check(("device",), lambda v: v in ("cpu", "cuda"), "cpu or cuda; --devices says how many")
         self.settle("precision")
         self.check(("loss",), lambda v: v in LOSSES, f"one of {', '.join(LOSSES)}")
         self.check(("learning_rate",), lambda v: 0 < v < math.inf, "above 0")
