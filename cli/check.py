@@ -21,11 +21,11 @@ def check(
     from synthlong.manifest import find_cases
 
     failed = 0
-    for files in find_cases(cases):
+    for files in find_cases(cases, prefer=prefer.value if prefer else None):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", InputWarning)
             try:
-                case = files.read(prefer=prefer.value if prefer else None)
+                case = files.read()
             except InputError as error:
                 failed += 1
                 typer.echo(f"FAIL  {files.subject}: {error}")

@@ -14,6 +14,8 @@ import typer
 
 from synthlong.errors import ConfigError
 
+from .options import Prefer
+
 if TYPE_CHECKING:
     from synthlong.training.training_config import TrainingConfig
 
@@ -39,6 +41,7 @@ def _shared(
     device: str = typer.Option(None, help="cpu or cuda.  [default: cpu]"),
     devices: int = typer.Option(None, help="GPUs or processes of a node.  [default: 1]"),
     nodes: int = typer.Option(None, help="Nodes.  [default: 1]"),
+    prefer: Prefer = typer.Option(None, help="Which of two disagreeing orientations to use."),
     threads: int = typer.Option(
         0, min=0, help="CPU threads; 0: all. With 1 the weights come out the same, bit for bit."
     ),
@@ -69,7 +72,7 @@ class _Asked:
         self._file, self._licence = shared.pop("config"), shared.pop("licence")
         threads = shared.pop("threads")
         self.of_fit = {name: shared.pop(name) for name in ("readers", "tensorboard")}
-        self.given = {name: v for name, v in shared.items() if v is not None}
+        self.given = {name: str(v) if name == "prefer" else v for name, v in shared.items() if v is not None}
         self._words = ["synthlong", "train", stage, source.name, "-o", out.name]
         self._words += ["--config", self._file.name] if self._file else []
         self.say(**self.given)

@@ -18,6 +18,7 @@ from synthlong.artifacts.base import RandomArtifact, axial_axis, spacing_of
 from synthlong.case import mode_of
 from synthlong.dataset.writer import publish
 from synthlong.errors import ConfigError, InputError
+from synthlong.looks import is_stripped
 from synthlong.nifti import Volume, read_nifti, write_nifti
 from synthlong.pictures import Picture, gray_pixels, png_bytes, upright
 
@@ -53,7 +54,7 @@ def augment(
     """Write a scan with one artifact: float32, with the header's geometry kept digit by digit.
 
     Intensities are divided by the scan's mode first and multiplied by it again, so that a noise's SD means the same
-    on every scan.
+    on every scan. Around a brain that is skull-stripped the background is set to 0 again.
 
     Args:
         scan: NIfTI file, 3-D.
@@ -79,7 +80,10 @@ def augment(
     volume = read_nifti(scan, prefer=prefer)
     unit = _unit_of(volume)
     params = transform.draw_params(np.random.default_rng(np.random.SeedSequence(seed)))
-    write_nifti(out, _applied(transform, params, volume, unit) * unit, volume.affine, like=volume)
+    changed = _applied(transform, params, volume, unit) * unit
+    if is_stripped(volume.data, abs(float(np.linalg.det(volume.affine[:3, :3])))):
+        changed = np.where(volume.data == 0, 0, changed)
+    write_nifti(out, changed.astype(np.float32, copy=False), volume.affine, like=volume)
     return params
 
 

@@ -184,18 +184,19 @@ def read_case(
     )
 
 
-def read_lesions(mask: Path, flair: Path) -> NDArray[np.uint8]:
+def read_lesions(mask: Path, flair: Path, *, prefer: str | None = None) -> NDArray[np.uint8]:
     """Read a lesion mask by itself: the lesions of `read_case(flair, mask)`, and none is an answer, too.
 
     Args:
         mask: Lesion mask on the grid of `flair`.
         flair: Skull-stripped FLAIR, NIfTI; its non-zero voxels are the brain.
+        prefer: "sform" or "qform" where the two disagree.
 
     Raises:
         InputError: A file that cannot be used.
     """
-    image = read_nifti(flair)
-    lesion = read_beside(mask, image)
+    image = read_nifti(flair, prefer=prefer)
+    lesion = read_beside(mask, image, prefer=prefer)
     check_mask(lesion, image)
     grid, brain = WorkingGrid.of(image), image.data != 0
     inside = grid.carry_lesions(clip_to_brain(lesion, brain)) & grid.resample_mask(brain)

@@ -12,7 +12,20 @@ from scipy import ndimage
 from synthlong.errors import InputWarning, short
 from synthlong.tissue import is_whole, misplaced
 
-__all__ = ["check_looks", "unlike_brain"]
+__all__ = ["BRAIN_ML", "check_looks", "is_stripped", "unlike_brain"]
+
+BRAIN_ML = (700, 2200)
+"""Volumes that whole brains have."""
+
+_MOST_CUT = 0.05  # of a face of the grid: a brain stem may be cut there, a neck is wider
+
+
+def is_stripped(scan: NDArray, voxel_mm3: float) -> bool:
+    """Return whether a scan is 0 around what has the volume of a brain."""
+    inside = scan != 0
+    faces = [np.take(inside, end, axis=axis).mean() for axis in range(3) for end in (0, -1)]
+    low, high = BRAIN_ML
+    return bool(low <= inside.sum() * voxel_mm3 / 1000 <= high and max(faces) < _MOST_CUT)
 
 
 def check_looks(

@@ -35,7 +35,18 @@ _SUFFIXES = {
 
 @dataclass(frozen=True)
 class CaseFiles:
-    """Paths of one case's files; `subject` is its id, with `_ses-N` where there are several visits."""
+    """Paths of one case's files, and how they are read.
+
+    Args:
+        subject: Its id, with `_ses-N` where there are several visits.
+        flair: FLAIR, as are the others an argument of `read_case`.
+        mask: Lesion mask.
+        t1: T1-weighted scan.
+        brain: Brain mask.
+        tissue: Labels.
+        healthy: The FLAIR without its lesions, as `prepare` wrote it.
+        prefer: "sform" or "qform" where a file's two disagree.
+    """
 
     subject: str
     flair: Path
@@ -44,8 +55,9 @@ class CaseFiles:
     brain: Path | None = None
     tissue: Path | None = None
     healthy: Path | None = None
+    prefer: str | None = None
 
-    def read(self, *, prefer: str | None = None) -> Case:
+    def read(self) -> Case:
         """Read the case, with what `synthlong prepare` recorded of it; see `read_case`."""
         case = read_case(
             self.flair,
@@ -54,7 +66,7 @@ class CaseFiles:
             t1=self.t1,
             brain=self.brain,
             tissue=self.tissue,
-            prefer=prefer,
+            prefer=self.prefer,
         )
         return replace(case, healthy_file=self.healthy, native=read_native(self.flair))
 
@@ -77,12 +89,13 @@ class CaseFiles:
         return patient_of(self.subject)
 
 
-def find_cases(source: str | Path) -> list[CaseFiles]:
+def find_cases(source: str | Path, *, prefer: str | None = None) -> list[CaseFiles]:
     """List the cases of a manifest or a folder, sorted by id.
 
     Args:
         source: CSV file with columns `subject,flair,mask[,session,t1,brain,tissue]`, paths relative to it;
             or a folder of `sub-ID[_ses-N]_space-MNI152_{FLAIR,desc-lesions_mask,...}.nii.gz`.
+        prefer: "sform" or "qform" where a file's two disagree.
 
     Raises:
         InputError: No such place, missing columns, unsafe or repeated ids, paths that do not exist.
@@ -100,13 +113,13 @@ def find_cases(source: str | Path) -> list[CaseFiles]:
     else:
         raise InputError(source, "no such file or folder", "pass a manifest (CSV) or a folder of cases")
     check_ids(source, [files.subject for files in found])
-    return sorted(found, key=lambda f: f.subject)
+    return sorted((replace(files, prefer=prefer) for files in found), key=lambda f: f.subject)
 
 
 def read_cases(source: str | Path, *, prefer: str | None = None) -> Iterator[Case]:
     """Yield the cases of a manifest or folder one by one, sorted by id."""
-    for files in find_cases(source):
-        yield files.read(prefer=prefer)
+    for files in find_cases(source, prefer=prefer):
+        yield files.read()
 
 
 def check_ids(source: Path, ids: Iterable[str]) -> None:
@@ -198,7 +211,7 @@ def _in_manifest(path: Path) -> Iterator[CaseFiles]:
             if not os.path.lexists(file):
                 text = f"{short(path)}: names {short(file)}, which does not exist; paths are relative to the manifest"
                 warnings.warn(text, InputWarning, stacklevel=4)
-        yield CaseFiles(f"{subject}_ses-{session}" if session else subject, **files)
+        yield CaseFiles(f"{subject}_ses-{session}" if session else subject, **files)  # type: ignore[arg-type]
 
 
 def _in_folder(folder: Path) -> Iterator[CaseFiles]:

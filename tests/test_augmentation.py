@@ -154,3 +154,11 @@ def test_z_scored_scans_are_refused(tmp_path, write_volume):
     with pytest.raises(InputError, match="cannot serve as unit"):
         augment(path, tmp_path / "out.nii.gz", "noise")
     assert not (tmp_path / "out.nii.gz").exists()
+
+
+def test_around_a_stripped_brain_it_stays_dark(tmp_path, bundled):
+    flair, _ = bundled("cs07")
+    augment(flair, tmp_path / "noisy.nii.gz", "noise", seed=1)
+    before, after = (nib.load(path).get_fdata(dtype=np.float32) for path in (flair, tmp_path / "noisy.nii.gz"))
+    assert not after[before == 0].any()
+    assert (after != before)[before != 0].mean() > 0.99

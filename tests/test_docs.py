@@ -1,13 +1,30 @@
 """The pages of `docs/artifacts`: their code runs, their links lead somewhere, their tables name every parameter."""
 
 import inspect
+import json
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from synthlong.augmentation import ARTIFACTS
+from synthlong.options import Options
+from synthlong.preparation.config import PreparationConfig
+from synthlong.synthesis import SynthesisConfig
+from synthlong.training.ohem import OhemConfig
+from synthlong.training.stage_config import FinetuneConfig, PretrainConfig, SegmentConfig
+from synthlong.training.training_config import TrainingConfig
 
+CONFIGS = (
+    SynthesisConfig,
+    PreparationConfig,
+    TrainingConfig,
+    SegmentConfig,
+    PretrainConfig,
+    FinetuneConfig,
+    OhemConfig,
+)
 DOCS = Path(__file__).parents[1] / "docs" / "artifacts"
 PAGES = sorted(page.name for page in DOCS.glob("*.md"))
 
@@ -43,3 +60,18 @@ def test_every_artifact_has_its_page(name):
 def test_links_lead_somewhere(page):
     for link in re.findall(r'(?:\]\(|src=")([^)#"]+)', (DOCS / page).read_text()):
         assert link.startswith("https://") or (DOCS / link).exists(), link
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_option_is_listed_with_its_default(config):
+    page = (DOCS.parent / "options.md").read_text()
+    own = re.search(rf"^## [^\n]*`{config.__name__}`\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)[1]
+    listed = dict(re.findall(r"^\| `(\w+)` \| (?:`([^`]+)`)? \|", own, re.MULTILINE))
+    if issubclass(config, TrainingConfig):
+        shared = re.search(r"^## every `train`.*?(?=^## )", page, re.MULTILINE | re.DOTALL)[0]
+        listed = dict(re.findall(r"^\| `(\w+)` \| (?:`([^`]+)`)? \|", shared, re.MULTILINE)) | listed
+    defaults = {field.name: field.default for field in fields(config)}
+    assert listed.keys() == defaults.keys()
+    for name, default in defaults.items():
+        wanted = "a table" if isinstance(default, Options) else "" if default is None else json.dumps(default)
+        assert listed[name] == wanted, name

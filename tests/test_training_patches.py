@@ -1,5 +1,6 @@
 import warnings
 
+import nibabel as nib
 import numpy as np
 import pytest
 from training import SCALING, write_balls, write_scans
@@ -11,7 +12,7 @@ from synthlong.detection.networks import ConcatUNet
 from synthlong.errors import ConfigError, InputError, InputWarning
 from synthlong.protocol import toned
 from synthlong.recipe import Recipe
-from synthlong.training.patches import read_patches
+from synthlong.training.patches import check_folds, read_patches
 
 SPLIT = {"split": "train", "fold": 0, "folds": 2}
 
@@ -121,3 +122,23 @@ def test_a_patient_may_have_several_pairs(scans, tmp_path):
     assert len(twice._scans) == 3
     rng = np.random.default_rng(0)
     assert all(len(d) == 5 for d in twice.draw(rng, 5, 2))
+
+
+@pytest.mark.filterwarnings("ignore::synthlong.errors.InputWarning")
+def test_a_preferred_orientation_is_that_of_all_files(manifest, tmp_path):
+    source = write_scans(tmp_path, manifest)
+    for name in ("a_followup", "a_new"):
+        path = tmp_path / f"{name}.nii.gz"
+        image = nib.load(path)
+        image.set_sform(image.affine, code=1)
+        moved = image.affine.copy()
+        moved[0, 3] += 5
+        image.set_qform(moved, code=1)
+        nib.save(nib.Nifti1Image(image.get_fdata(dtype=np.float32), None, image.header), path)
+    whole = {"side": 16, "split": None, "fold": 0, "folds": 1}
+    with pytest.raises(InputError, match=r"a_followup.nii.gz: its sform and qform disagree .*; pass --prefer"):
+        read_patches(source, **whole)
+    assert read_patches(source, prefer="sform", **whole).subjects == ["a", "b", "c"]
+    with pytest.raises(InputError, match="its sform and qform disagree"):
+        check_folds(source, [0], of=2)
+    check_folds(source, [0], of=2, prefer="sform")

@@ -44,7 +44,6 @@ class Preparation:
         folder: Where it is stored.
         config: Of the run.
         assets: Result of `asset_hashes`.
-        prefer: Which of two disagreeing orientations of a scan is used.
         sources: SHA-256 of each file, by role; of a prepared case.
         warnings: What reading it had to say.
         failure: Why it cannot be used, if so.
@@ -54,7 +53,6 @@ class Preparation:
     folder: Path
     config: SynthesisConfig
     assets: dict[str, str]
-    prefer: str | None = None
     sources: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     failure: str | None = None
@@ -90,7 +88,7 @@ def prepare_case(task: Preparation) -> Preparation:
     stamp = {
         "assets": task.assets,
         "config": task.config.as_dict() | dict.fromkeys(task.assets),
-        "prefer": task.prefer,
+        "prefer": task.files.prefer,
         **environment(task.config.device),
     }
     try:
@@ -100,7 +98,7 @@ def prepare_case(task: Preparation) -> Preparation:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", InputWarning)
             inpainter, _, _ = kept_synthesis(task.config)
-            case = heal(task.files.read(prefer=task.prefer), inpainter)
+            case = heal(task.files.read(), inpainter)
         store_case(task.folder, case, task.config, stamp={**stamp, "sources": case.sources})
     except OutputError:
         raise

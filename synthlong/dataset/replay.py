@@ -53,11 +53,11 @@ def replay(
     drawn = SynthesisConfig.from_dict({k: v for k, v in plan["config"].items() if v is not None})
     config = replace(config, precision=drawn.precision, device=drawn.device, painter=drawn.painter) if config else drawn
     source = source or source_of(run, plan)
-    files = {f.subject: f for f in find_cases(source)}.get(recipe.case_id)
+    files = {f.subject: f for f in find_cases(source, prefer=plan["prefer"])}.get(recipe.case_id)
     if files is None:
         raise InputError(source, f"case '{recipe.case_id}' is not in it", "name the run's cases with --cases")
     with one_thread():
-        case = files.read(prefer=plan["prefer"])
+        case = files.read()
         recorded = next(c["sources"] for c in plan["cases"] if c["subject"] == recipe.case_id)
         if case.sources != recorded:
             role = next(r for r in {**recorded, **case.sources} if recorded.get(r) != case.sources.get(r))

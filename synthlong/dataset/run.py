@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from synthlong.case import Case
-from synthlong.dataset.cases import Preparation, case_folder, check_assets, kept_synthesis, prepare_cases
+from synthlong.dataset.cases import Preparation, case_folder, check_assets, kept_synthesis, prepare_cases, synthesis_of
 from synthlong.dataset.index import Index, found_files, planned_shards, read_sidecar, recorded_samples
 from synthlong.dataset.lock import writer_lock
 from synthlong.dataset.plan import (
@@ -130,7 +130,7 @@ def generate(
             raise ConfigError(f"{name} = {value}: must be {low} or more")
     workers = workers if workers > 0 else processors()
     config = settled(config or SynthesisConfig())
-    files, assets = find_cases(source), asset_hashes(config)
+    files, assets = find_cases(source, prefer=prefer), asset_hashes(config)
     options: dict[str, Any] = {"pairs": pairs, "seed": seed, "shard_size": shard_size}
     options |= {"config": config, "assets": assets, "prefer": prefer}
     shards = -(-pairs // shard_size)
@@ -147,9 +147,10 @@ def generate(
             adopt_plan(out, make_plan(source, out, cases=read_plan(out)["cases"], **options))
         per_pair = _MB_PER_PAIR[config.compression] * (config.box / 64) ** 3
         left = max(0, pairs - shard_size * len(found_files(out, ".json")))
-        tasks = [Preparation(f, case_folder(out / "work", f.subject), config, assets, prefer) for f in files]
+        tasks = [Preparation(f, case_folder(out / "work", f.subject), config, assets) for f in files]
         unprepared = sum(not task.folder.exists() for task in tasks)
         check_space(out, need_mb=left * per_pair + unprepared * _MB_PER_CASE)
+        synthesis_of(replace(config, device="cpu"))  # what cannot be read is said before the cases are
         with _pool(workers, scheduler, out, config, tasks=len(tasks) + shards) as pool:
             report = (lambda n: progress("cases", n, len(tasks))) if progress else None
             usable, failures = prepare_cases(pool, tasks, report)

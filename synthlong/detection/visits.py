@@ -134,7 +134,9 @@ def check_same_grid(baseline: Case, followup: Case, *, path: str | Path | None =
         raise InputError(path or followup.id, problem, "resample one onto the other's grid")
 
 
-def read_pair(baseline: Path, followup: Path, mask: Path, *, subject: str | None = None) -> tuple[Case, Case]:
+def read_pair(
+    baseline: Path, followup: Path, mask: Path, *, subject: str | None = None, prefer: str | None = None
+) -> tuple[Case, Case]:
     """Read two visits of a patient; the lesions of the follow-up are the new ones, the baseline has none.
 
     Args:
@@ -142,13 +144,16 @@ def read_pair(baseline: Path, followup: Path, mask: Path, *, subject: str | None
         followup: The same of the second, on the same grid.
         mask: The new lesions, on that grid.
         subject: Identifier of both.
+        prefer: "sform" or "qform" where a file's two disagree.
 
     Raises:
         InputError: See `read_case` and `read_lesions`; or the grids differ.
     """
-    before, after = (read_case(visit, subject=subject) for visit in (baseline, followup))  # as without the truth
+    before, after = (
+        read_case(visit, subject=subject, prefer=prefer) for visit in (baseline, followup)
+    )  # as without the truth
     check_same_grid(before, after, path=followup)
-    return before, replace(after, lesions=read_lesions(mask, followup))
+    return before, replace(after, lesions=read_lesions(mask, followup, prefer=prefer))
 
 
 def in_common_brain(baseline: Case, followup: Case) -> tuple[Case, Case]:

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from synthlong.looks import BRAIN_ML
 from synthlong.pictures import Picture, gray_pixels, upright
 from synthlong.preparation.registration import mni_brain, mni_scan
 
 __all__ = [
-    "BRAIN_ML",
     "Figures",
     "agreement",
     "correlation",
@@ -25,7 +25,6 @@ __all__ = [
     "snr_of",
 ]
 
-BRAIN_ML = (700, 2200)
 _LEAST_OVERLAP, _LEAST_TEMPLATE, _LEAST_AGREEMENT, _LEAST_SNR = 0.9, 0.2, 0.8, 5.0
 _LESION, _OUTLINE = (255, 79, 79), (74, 163, 255)
 _ZOOM = 2

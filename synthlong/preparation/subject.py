@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from synthlong.errors import InputError, InputWarning, short
 from synthlong.healthy import write_healthy
 from synthlong.inpainting import Inpainter
+from synthlong.looks import is_stripped
 from synthlong.manifest import CaseFiles
 from synthlong.mask import check_binary, check_labels, check_mask, clip_to_brain, read_beside
 from synthlong.nifti import Volume, read_nifti, write_nifti
@@ -27,7 +28,6 @@ from synthlong.pictures import png_bytes
 from synthlong.preparation.config import PreparationConfig
 from synthlong.preparation.derivatives import figure_name, file_name, way_name
 from synthlong.preparation.quality import (
-    BRAIN_ML,
     agreement,
     figures_of,
     flags_of,
@@ -50,7 +50,6 @@ _PICTURE_MM = 1.0
 """Voxels of pictures and figures of the halfway space, about."""
 
 _MOTION: dict[str, Literal["Rigid", "Affine"]] = {"rigid": "Rigid", "affine": "Affine"}
-_MOST_CUT = 0.05  # of a face of the grid: a brain stem may be cut there, a neck is wider
 _VISIT_MM, _TEMPLATE_MM = 1.5, 2.0  # grids of registration
 
 
@@ -236,13 +235,11 @@ def _check_new_lesions(scan: Scan, drawn: Image, from_flair: NDArray, flair: Vol
 
 def _brain(scan: Volume, config: PreparationConfig, way_out: str) -> NDArray[np.bool_]:
     """Return the brain of a scan: all that is not 0 if it was skull-stripped, else by HD-BET."""
-    grid, inside = _grid_of(scan), scan.data != 0
-    faces = [np.take(inside, end, axis=axis).mean() for axis in range(3) for end in (0, -1)]
-    low, high = BRAIN_ML
-    if low <= inside.sum() * grid.voxel_mm3 / 1000 <= high and max(faces) < _MOST_CUT:
+    grid = _grid_of(scan)
+    if is_stripped(scan.data, grid.voxel_mm3):
         text = f"{short(scan.path)}: is 0 around a brain, so taken as skull-stripped"
         warnings.warn(text, InputWarning, stacklevel=2)
-        return inside
+        return scan.data != 0
     found = brain_mask(scan.data, grid, mode=config.brain, device=config.device)
     if not found.any():
         raise InputError(scan.path, "no brain was found in it", way_out)
@@ -325,7 +322,7 @@ def _in_mni(
     if config.denoise_again:
         flair = denoise(flair, brain, MNI)
     lesions = carry_mask(visit.lesions, step, MNI.shape) * brain
-    files = {"brain": write("desc-brain_mask.nii.gz", brain.astype(np.uint8))}
+    files: dict[str, Any] = {"brain": write("desc-brain_mask.nii.gz", brain.astype(np.uint8))}
     files |= {"flair": write("FLAIR.nii.gz", flair.astype(np.float32))}
     files |= {"mask": write("desc-lesions_mask.nii.gz", lesions.astype(np.uint8))}
     if visit.tissue is not None:

@@ -60,7 +60,14 @@ class Patches(Protocol):
 
 
 def read_patches(
-    source: Path, *, side: int, split: str | None, fold: int, folds: int, network: Network = ConcatUNet
+    source: Path,
+    *,
+    side: int,
+    split: str | None,
+    fold: int,
+    folds: int,
+    network: Network = ConcatUNet,
+    prefer: str | None = None,
 ) -> Patches:
     """Return the patches of a run's folder, or of whole scans.
 
@@ -72,6 +79,7 @@ def read_patches(
         fold: Which of the `folds` parts of the patients is for validation.
         folds: Number of parts.
         network: Whose intensities they have, and one visit or two.
+        prefer: "sform" or "qform" where those of a scan disagree.
 
     Raises:
         InputError: It cannot be read, or it has no new lesions or no uniform boxes.
@@ -81,20 +89,21 @@ def read_patches(
         raise InputError(source, "no such file or folder", "pass what `generate` wrote, or a manifest (CSV)")
     options: dict[str, Any] = {"side": side, "split": split, "fold": fold, "folds": folds}
     if issubclass(network, SegmentationUNet):
-        return ScanPatches(source, _visits(source), wanted="lesion", **options)
+        return ScanPatches(source, _visits(source, prefer), wanted="lesion", **options)
     if source.is_dir():
         if not (source / "run.json").exists():
             way = "pass what `synthlong generate` wrote, or a CSV of pairs: subject,baseline,followup,mask"
             raise InputError(source, "holds no run of pairs", way)
         return ShardPatches(source, z_scored=network is ConcatUNet, **options)
-    return ScanPatches(source, _pairs(source, network.normalised), wanted="new lesion", **options)
+    return ScanPatches(source, _pairs(source, network.normalised, prefer), wanted="new lesion", **options)
 
 
-def check_folds(manifest: Path, folds: Sequence[int], *, of: int) -> None:
+def check_folds(manifest: Path, folds: Sequence[int], *, of: int, prefer: str | None = None) -> None:
     """Raise an InputError if no patient held out in one of these folds has a new lesion: before the first training."""
     having: dict[str, bool] = {}
     for subject, _, paths in manifest_rows(manifest, needed=PAIR, optional=()):
-        having[subject] = bool(read_nifti(paths["mask"], allow_empty=True).data.any()) or having.get(subject, False)
+        mask = read_nifti(paths["mask"], prefer=prefer, allow_empty=True)
+        having[subject] = bool(mask.data.any()) or having.get(subject, False)
     for fold in folds:
         if not any(having[subject] for subject in subjects_of("validation", sorted(having), fold=fold, folds=of)):
             raise InputError(manifest, f"none of the patients held out in fold {fold} has a new lesion", _OTHER_FOLDS)
@@ -222,21 +231,21 @@ class _Scans:
         return cls(name, visits, mask, np.flatnonzero(mask), grown_box(cases[-1].brain > 0, 0))
 
 
-def _visits(source: Path) -> dict[str, list[Callable[[], _Scans]]]:
+def _visits(source: Path, prefer: str | None) -> dict[str, list[Callable[[], _Scans]]]:
     """Return what reads the visits of each patient, each by itself."""
     readers: dict[str, list[Callable[[], _Scans]]] = {}
-    for files in find_cases(source):
+    for files in find_cases(source, prefer=prefer):
         readers.setdefault(files.patient, []).append(partial(_read_visit, files))
     return readers
 
 
 def _pairs(
-    manifest: Path, seen: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+    manifest: Path, seen: Callable[[NDArray[np.float32]], NDArray[np.float32]], prefer: str | None
 ) -> dict[str, list[Callable[[], _Scans]]]:
     """Return what reads the pairs of each patient; a row is a pair, a patient with three visits has two."""
     readers: dict[str, list[Callable[[], _Scans]]] = {}
     for subject, _, paths in manifest_rows(manifest, needed=PAIR, optional=()):
-        readers.setdefault(subject, []).append(partial(_read_pair, seen, subject=subject, **paths))
+        readers.setdefault(subject, []).append(partial(_read_pair, seen, subject=subject, prefer=prefer, **paths))
     return readers
 
 
@@ -253,9 +262,10 @@ def _read_pair(
     baseline: Path,
     followup: Path,
     mask: Path,
+    prefer: str | None,
 ) -> _Scans:
     """Read them as `detect` sees them."""
-    visits = in_common_brain(*read_pair(baseline, followup, mask, subject=subject))
+    visits = in_common_brain(*read_pair(baseline, followup, mask, subject=subject, prefer=prefer))
     return _Scans.of(followup.name, seen, *visits)
 
 

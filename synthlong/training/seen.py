@@ -60,7 +60,7 @@ class MadePairs:
     _KEYS = ("baseline", "followup", "new_lesions")
 
     def __init__(self, source: Path, config: PretrainConfig, *, work: Path, readers: int) -> None:
-        files = find_cases(source)
+        files = find_cases(source, prefer=config.prefer)
         patients = sorted({one.patient for one in files})
         held_out: set[str] = set()
         if config.folds > 1:

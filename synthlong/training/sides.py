@@ -30,6 +30,7 @@ def read_sides(
 ) -> tuple[Patches, Patches | None, dict[str, Any]]:
     """Return the patches to learn from, those of the patients held out if there are any, and what they are in words."""
     options: dict[str, Any] = {"side": config.side, "fold": config.fold, "folds": config.folds, "network": network}
+    options["prefer"] = config.prefer
     held_out = read_patches(source, split="validation", **options) if config.folds > 1 else None
     training = read_patches(source, split="train" if held_out else None, **options)
     about = {"patients": training.subjects, "held_out": held_out.subjects if held_out else []}

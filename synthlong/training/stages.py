@@ -163,7 +163,7 @@ def finetune(
     make_place(out)
     folds = list(range(config.folds)) if fold is None else [fold]
     if config.folds > 1 and source.is_file():
-        check_folds(source, folds, of=config.folds)
+        check_folds(source, folds, of=config.folds, prefer=config.prefer)
 
     def tuned(number: int) -> dict[str, Any]:
         """Train the network of a fold, whose scans are let go then."""

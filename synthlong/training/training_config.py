@@ -36,6 +36,7 @@ class TrainingConfig(Options):
         validation_patches: Fixed patches of the patients held out, whose Dice is measured.
         report_every: Steps between measurements on those.
         checkpoint_every: Steps between checkpoints.
+        prefer: "sform" or "qform" where those of a scan disagree.
     """
 
     side: int = 64
@@ -53,12 +54,14 @@ class TrainingConfig(Options):
     validation_patches: int = 64
     report_every: int = 500
     checkpoint_every: int = 500
+    prefer: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check(("device",), lambda v: v in ("cpu", "cuda"), "cpu or cuda; --devices says how many")
         self.settle("precision")
         self.check(("loss",), lambda v: v in LOSSES, f"one of {', '.join(LOSSES)}")
+        self.check(("prefer",), lambda v: v in (None, "sform", "qform"), "sform or qform")
         self.check(("learning_rate",), lambda v: 0 < v < math.inf, "above 0")
         self.check(("seed", "fold"), lambda v: v >= 0, "0 or more")
         self.check(("fold",), lambda v: v < self.folds, f"below the number of folds ({self.folds})")
