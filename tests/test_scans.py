@@ -99,7 +99,7 @@ def test_scans_come_by_subject_and_sessions_in_their_order(manifest):
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("subject,mask\na,m.nii\n", ["column missing: flair", "subject,flair[,mask,t1,"]),
+        ("subject,mask\na,m.nii\n", ["column missing: flair", "subject,flair[,session,mask,t1,"]),
         ("flair\nf.nii\n", ["column missing: subject"]),
         ("subject,flair\n", ["lists no scan", "add a row"]),
         ("subject,flair\na,\n", ["line 2: 'flair' is empty"]),
