@@ -195,9 +195,9 @@ def _processors(config: PreparationConfig) -> int:
     if config.device != "cpu":
         return 1
     memory_gb = usable_memory_gb()
-    return (
-        processors() if memory_gb is None else max(1, min(processors(), int((memory_gb - _GB_OF_OWN) / _GB_PER_WORKER)))
-    )
+    if memory_gb is None:
+        return processors()
+    return max(1, min(processors(), int((memory_gb - _GB_OF_OWN) / _GB_PER_WORKER)))
 
 
 def _results(todo: Sequence[_Task], workers: int, progress: Callable[[str, int, int], None] | None) -> Generator[_Task]:
