@@ -314,7 +314,7 @@ def read_mask(path: str | Path, *, prefer: str | None = None) -> tuple[str, Arra
     """
     volume = read_nifti(path, prefer=prefer)
     check_binary(volume)
-    volume_ml = np.count_nonzero(volume.data) * abs(np.linalg.det(volume.affine[:3, :3])) / 1000
+    volume_ml = np.count_nonzero(volume.data) * volume.voxel_mm3 / 1000
     if volume_ml > _MOST_LESIONS_ML:
         raise InputError(path, f"covers {volume_ml:.0f} ml, like a brain mask", "give lesion masks")
     mask = sample_map(volume.data > 0, volume.affine, MNI_SHAPE, mni_affine())

@@ -81,7 +81,7 @@ def augment(
     unit = _unit_of(volume)
     params = transform.draw_params(np.random.default_rng(np.random.SeedSequence(seed)))
     changed = _applied(transform, params, volume, unit) * unit
-    if is_stripped(volume.data, abs(float(np.linalg.det(volume.affine[:3, :3])))):
+    if is_stripped(volume.data, volume.voxel_mm3):
         changed = np.where(volume.data == 0, 0, changed)
     write_nifti(out, changed.astype(np.float32, copy=False), volume.affine, like=volume)
     return params

@@ -11,7 +11,10 @@ from numpy.typing import NDArray
 from synthlong.errors import InputError, InputWarning, short
 from synthlong.nifti import Volume, read_nifti
 
-__all__ = ["WRONG_MASK", "check_binary", "check_labels", "check_mask", "clip_to_brain", "read_beside"]
+__all__ = ["MOST_OUTSIDE", "WRONG_MASK", "check_binary", "check_labels", "check_mask", "clip_to_brain", "read_beside"]
+
+MOST_OUTSIDE = 0.1
+"""Share of a mask's voxels that may lie outside the brain."""
 
 WRONG_MASK = "name the lesion mask in column 'mask'"
 
@@ -64,7 +67,7 @@ def clip_to_brain(mask: Volume, brain: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Return a mask's lesions within the brain, with a warning if some are not; a tenth outside is an InputError."""
     lesion = mask.data != 0
     outside = int((lesion & ~brain).sum())
-    if outside > 0.1 * lesion.sum():
+    if outside > MOST_OUTSIDE * lesion.sum():
         problem = f"{outside} of {lesion.sum()} lesion voxels lie outside the brain"
         raise InputError(mask.path, problem, "check that mask and scan belong together")
     if outside:

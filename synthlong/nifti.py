@@ -66,6 +66,11 @@ class Volume:
     coded: bool
     header: Any
 
+    @property
+    def voxel_mm3(self) -> float:
+        """Volume of a voxel."""
+        return float(abs(np.linalg.det(self.affine[:3, :3])))
+
 
 class _Layout(NamedTuple):
     header: Any

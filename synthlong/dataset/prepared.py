@@ -68,7 +68,10 @@ class PreparedCases:
         sources = {_id(one): _sources(one) for one in found}
         self.sha256 = plain_hash(sources)
         common = {"assets": assets, "config": config.as_dict() | dict.fromkeys(assets), **environment(config.device)}
-        stamps = [{"id": _id(one), "sources": sources[_id(one)], **_way_of(one), **common} for one in found]
+        stamps = [
+            {"id": _id(one), "sources": sources[_id(one)], "prefer": getattr(one, "prefer", None), **common}
+            for one in found
+        ]
         self._names = [f"case-{plain_hash(stamp)}" for stamp in stamps]
         first = int(begin * len(found))
         for n in (*range(first, len(found)), *range(first)):
@@ -130,11 +133,6 @@ def _sources(one: CaseFiles | Case) -> dict[str, str]:
         if a is not None
     }
     return {**sums, "scan": repr((float(one.scan_mean), float(one.scan_sd)))}
-
-
-def _way_of(one: CaseFiles | Case) -> dict[str, str]:
-    """Return how a case's files are read, where that is not how others are."""
-    return {"prefer": one.prefer} if isinstance(one, CaseFiles) and one.prefer else {}
 
 
 def _read(files: CaseFiles, sources: dict[str, str]) -> Case:

@@ -149,9 +149,8 @@ def read_pair(
     Raises:
         InputError: See `read_case` and `read_lesions`; or the grids differ.
     """
-    before, after = (
-        read_case(visit, subject=subject, prefer=prefer) for visit in (baseline, followup)
-    )  # as without the truth
+    # as without the truth
+    before, after = (read_case(visit, subject=subject, prefer=prefer) for visit in (baseline, followup))
     check_same_grid(before, after, path=followup)
     return before, replace(after, lesions=read_lesions(mask, followup, prefer=prefer))
 

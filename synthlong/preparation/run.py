@@ -130,9 +130,11 @@ def prepare(
     out = Path(out)
     tasks = [_Task(tuple(visits), out, config, prefer) for _, visits in visits_of(scans)]
     _check(out, scans, config)
-    todo = [task for task in tasks if not _is_there(task)]
+    made = [task for task in tasks if _is_there(task)]
+    present = {task.subject for task in made}
+    todo = [task for task in tasks if task.subject not in present]
     planned = [scan.id for task in todo for scan in task.scans]
-    there = [scan.id for task in tasks if task not in todo for scan in task.scans]
+    there = [scan.id for task in made for scan in task.scans]
     if dry_run:
         return Outcome(planned, there)
     try:
@@ -141,17 +143,15 @@ def prepare(
         raise OutputError(out, f"cannot be made ({error.strerror})", "choose a folder you may write to") from error
     with writer_lock(out, break_lock=break_lock):
         _sweep(out)
-        for task in tasks:
-            if task not in todo:
-                _mark(task, outdated=False)
+        for task in made:
+            _mark(task, outdated=False)
         done: list[_Task] = []
 
         def tables() -> tuple[Records, list[tuple[Scan, str]]]:
             """Write what lies there by now, and what failed."""
             records = read_records(out)
-            left = {task.subject for task in todo} - {task.subject for task in done}
             failed = [(scan, task.failure) for task in done if task.failure is not None for scan in task.scans]
-            write_tables(out, records, failed, subjects={task.subject for task in tasks} - left)
+            write_tables(out, records, failed, subjects=present | {task.subject for task in done})
             return records, failed
 
         try:

@@ -22,7 +22,7 @@ from synthlong.healthy import write_healthy
 from synthlong.inpainting import Inpainter
 from synthlong.looks import is_stripped
 from synthlong.manifest import CaseFiles
-from synthlong.mask import check_binary, check_labels, check_mask, clip_to_brain, read_beside
+from synthlong.mask import MOST_OUTSIDE, check_binary, check_labels, check_mask, clip_to_brain, read_beside
 from synthlong.nifti import Volume, read_nifti, write_nifti
 from synthlong.pictures import png_bytes
 from synthlong.preparation.config import PreparationConfig
@@ -220,11 +220,11 @@ def _read_new_lesions(scan: Scan, flair: Volume, prefer: str | None) -> tuple[Im
 def _check_new_lesions(scan: Scan, drawn: Image, from_flair: NDArray, flair: Volume, brain: NDArray[np.bool_]) -> None:
     """Raise an InputError if a tenth of the new lesions does not lie in the brain."""
     voxels = np.argwhere(drawn.data)
-    step = np.linalg.inv(flair.affine) @ np.linalg.inv(from_flair) @ drawn.grid.affine
+    step = drawn.grid.step_to(_grid_of(flair), np.linalg.inv(from_flair))
     at = np.rint(voxels @ step[:3, :3].T + step[:3, 3]).astype(int)
     on_grid = ((at >= 0) & (at < brain.shape)).all(axis=1)
     outside = len(voxels) - np.count_nonzero(brain[tuple(at[on_grid].T)])
-    if outside > 0.1 * len(voxels):
+    if outside > MOST_OUTSIDE * len(voxels):
         assert scan.new_lesions is not None
         problem = f"{outside} of {len(voxels)} voxels of new lesions lie outside the brain"
         way = "check that mask and scan belong together"

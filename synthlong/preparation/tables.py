@@ -68,9 +68,7 @@ def write_tables(out: Path, records: Records, failed: Sequence[tuple[Scan, str]]
         if mask not in record["files"] or not place:
             continue
         before = record["visits"][place - 1]
-        if not _made_together(record, records.get(before)):
-            continue
-        if not (record["flags"] or records[before]["flags"]):
+        if _made_together(record, records.get(before)) and not (record["flags"] or records[before]["flags"]):
             one, other = (file_name(visit, "FLAIR.nii.gz", space=record["space"]) for visit in (before, name))
             pairs.append({"subject": record["subject"], "baseline": one, "followup": other, "mask": mask})
     _write_csv(out / "prepared.csv", [rows[name] for name in sorted(rows)])

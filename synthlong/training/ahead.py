@@ -21,15 +21,23 @@ class Ahead:
 
     Args:
         patches: Where they come from.
-        draw: Called with them and a step.
+        draw: Called with them, a step and `rank`.
         steps: Which ones.
+        rank: Of this process.
         readers: Number of threads; they change no bit.
     """
 
     def __init__(
-        self, patches: Patches, draw: Callable[[Patches, int], Drawn], *, steps: range, readers: int = 1
+        self,
+        patches: Patches,
+        draw: Callable[[Patches, int, int], Drawn],
+        *,
+        steps: range,
+        rank: int = 0,
+        readers: int = 1,
     ) -> None:
-        self._patches, self._draw, self._steps, self._readers = patches, draw, steps, max(readers, 1)
+        self._patches, self._draw, self._steps, self._rank = patches, draw, steps, rank
+        self._readers = max(readers, 1)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         own = threading.local()
@@ -37,7 +45,7 @@ class Ahead:
         def read(step: int) -> tuple[Tensor, ...]:
             if not hasattr(own, "patches"):
                 own.patches = self._patches.reopened()
-            return tuple(torch.from_numpy(d) for d in self._draw(own.patches, step))
+            return tuple(torch.from_numpy(d) for d in self._draw(own.patches, step, self._rank))
 
         steps = iter(self._steps)
         with ThreadPoolExecutor(self._readers) as pool:

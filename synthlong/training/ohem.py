@@ -159,9 +159,8 @@ class Ohem(Training):
 
     def batches(self) -> Ahead:
         """Return the candidates of each step."""
-        steps, rank = range(self.global_step, self.config.steps), self.global_rank
-        draw = self.config.draw
-        return Ahead(self._training, lambda p, step: draw(p, step, rank), steps=steps, readers=self._readers)
+        steps = range(self.global_step, self.config.steps)
+        return Ahead(self._training, self.config.draw, steps=steps, rank=self.global_rank, readers=self._readers)
 
     def validation(self) -> Drawn | None:
         """Return fixed patches, with the same share of positive ones for all that the paper compares."""

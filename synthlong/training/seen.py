@@ -46,8 +46,8 @@ class DrawnPatches:
 
     def batches(self, first: int, rank: int) -> Ahead:
         """See `Seen`."""
-        steps, draw = range(first, self._config.steps), self._config.draw
-        return Ahead(self._training, lambda p, step: draw(p, step, rank), steps=steps, readers=self._readers)
+        steps = range(first, self._config.steps)
+        return Ahead(self._training, self._config.draw, steps=steps, rank=rank, readers=self._readers)
 
     def validation(self) -> Drawn | None:
         """See `Seen`."""
