@@ -1,6 +1,6 @@
 """New lesions of a whole brain: `probability_map` beside MONAI's `sliding_window_inference`, same network and windows.
 
-    python benchmarks/detect.py [--threads 1 2] [--weights W.safetensors ...]
+    python benchmarks/detect.py [--threads 1 2] [--weights W.safetensors ...] [--window 32]
 
 Without weights, a network of each kind learns for a few minutes to find bright balls in the second of two noisy copies
 of a bundled scan; untrained ones would hardly cross 0.5 anywhere. They look for such balls in the other bundled scan.
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from synthlong.case import Case
 from synthlong.dataset.plan import bundled_cases
-from synthlong.detection.inference import probability_map, read_detectors
+from synthlong.detection.inference import probability_map, read_detectors, window_of
 from synthlong.detection.networks import ConcatUNet, LongitudinalUNet, SiameseUNet
 from synthlong.errors import InputWarning
 from synthlong.manifest import read_cases
@@ -74,12 +74,10 @@ def trained(kind: type[LongitudinalUNet], case: Case) -> LongitudinalUNet:
     return network.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
 
 
-def of_monai(network: LongitudinalUNet, before: NDArray, after: NDArray, brain: NDArray) -> NDArray:
+def of_monai(network: LongitudinalUNet, before: NDArray, after: NDArray, brain: NDArray, window: int) -> NDArray:
     both = torch.from_numpy(np.stack([before, after]))[None]
     with torch.inference_mode():
-        found = sliding_window_inference(
-            both, network.window, 4, lambda x: network(*x.split(1, dim=1)).sigmoid(), overlap=0.25
-        )
+        found = sliding_window_inference(both, window, 4, lambda x: network(*x.split(1, dim=1)).sigmoid(), overlap=0.25)
     return np.where(brain, found[0, 0].numpy(), 0)
 
 
@@ -87,6 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--weights", type=Path, nargs="+", default=[])
+    parser.add_argument("--window", type=int, help="default: what the weights say")
     options = parser.parse_args()
     warnings.simplefilter("ignore", InputWarning)
     school, case = read_cases(bundled_cases())
@@ -96,18 +95,19 @@ def main() -> None:
     before, after, new = two_visits(case, np.random.default_rng(1), 4)
     parts = {"the whole grid": np.s_[:, :, :], "the brain's box, as in `detect`": ndimage.find_objects(case.brain)[0]}
     for network in networks:
+        window = window_of([network], options.window)
         for threads in options.threads:
             torch.set_num_threads(threads)
             for name, part in parts.items():
                 volumes = [network.normalised(v)[part] for v in (before, after)]
                 started = time.perf_counter()
-                theirs = of_monai(network, *volumes, case.brain[part])
+                theirs = of_monai(network, *volumes, case.brain[part], window)
                 seconds, mask = time.perf_counter() - started, theirs > 0.5
                 dice = 2 * (new[part] & mask).sum() / (new[part].sum() + mask.sum())
                 print(f"{type(network).__name__}, threads {threads}, {name}, Dice {dice:.2f}: MONAI {seconds:.1f} s")
-                for precision in ("float32", "bf16", "auto")[: 2 if network.bf16_error is None else 3]:
+                for precision in ("float32", "bf16", "auto"):
                     started = time.perf_counter()
-                    ours = probability_map([network], *volumes, case.brain[part], precision=precision)
+                    ours = probability_map([network], *volumes, case.brain[part], window=window, precision=precision)
                     took = time.perf_counter() - started
                     differ, apart = ((ours > 0.5) != mask).sum(), np.abs(ours - theirs).max()
                     text = f"{differ} of {mask.sum()} mask voxels differ, probabilities by up to {apart:.4f}"

@@ -1,7 +1,8 @@
 """Texture: the noise and grain that a network trained on squared error leaves out.
 
 The mean of all likely tissues is smooth. What is missing is put back as Gaussian noise with the spread and the
-neighbour correlation of the tissue around, as much of it as the fill lacks at each voxel.
+neighbour correlation of the tissue around, as much of it as the fill lacks at each voxel: gray matter has more of it
+than white matter.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from synthlong.hole import FLUID
 
 __all__ = ["Texture", "mottle", "roughen", "texture_of"]
 
-_SMOOTH, _AROUND = 1.5, 1.5
+_SMOOTH, _AROUND, _NEARBY = 1.5, 1.5, 4.0
 _FEWEST = 500
+_FEW = 0.01
 _COARSE = 1.2
 _SKEW = 0.4
 _FINE = 1.3
@@ -100,8 +102,7 @@ def texture_of(x: NDArray, leave_out: NDArray) -> Texture:
         x: Image, shape `(I, J, K)`, brain mode 1, background 0.
         leave_out: Voxels that do not count, zero or not.
     """
-    tissue = (x >= FLUID) & (np.asarray(leave_out) == 0)
-    flat = next((f for n in (3, 2, 1) if (f := ndimage.binary_erosion(tissue, iterations=n)).sum() >= _FEWEST), tissue)
+    flat = _away(x, leave_out)
     if flat.sum() < 2:
         return Texture(0.0, (0.0, 0.0, 0.0))
     rest = x - ndimage.gaussian_filter(x, _SMOOTH)
@@ -117,15 +118,15 @@ def texture_of(x: NDArray, leave_out: NDArray) -> Texture:
 
 
 def roughen(x: NDArray[np.float32], weight: NDArray, texture: Texture, *, seed: int) -> NDArray[np.float32]:
-    """Return an image with grain in its hole, where it has less than the texture says.
+    """Return an image with grain in its hole, where it has less than the tissue nearby.
 
     Args:
         x: Image with a smooth fill, shape `(I, J, K)`.
         weight: The hole, in [0, 1]; where it is 0 the image stays bit for bit.
-        texture: Of the tissue around.
+        texture: Of the image's tissue.
         seed: Seed of the noise.
     """
-    lacking = np.sqrt(np.maximum(texture.sd**2 - _grain_in_fill(x, weight), 0))
+    lacking = np.sqrt(np.maximum(_grain_nearby(x, weight, texture) - _grain_in_fill(x, weight), 0))
     return _added(x, weight, lacking * texture.noise(x.shape, seed))
 
 
@@ -155,14 +156,39 @@ def mottle(
     return _added(x, weight, np.sqrt(lacking) * skewed)
 
 
+def _away(x: NDArray, leave_out: NDArray) -> NDArray[np.bool_]:
+    """Return the tissue 3 voxels away from CSF, background and `leave_out`, or less where there is hardly any."""
+    tissue = (x >= FLUID) & (np.asarray(leave_out) == 0)
+    return next((f for n in (3, 2, 1) if (f := ndimage.binary_erosion(tissue, iterations=n)).sum() >= _FEWEST), tissue)
+
+
+def _grain_nearby(x: NDArray, weight: NDArray, texture: Texture) -> NDArray:
+    """Return the variance that tissue within about a centimetre has about its local mean, around each voxel.
+
+    Where there is no such tissue it is that of the texture, which also says what is grain and what an edge.
+    """
+    away = _away(x, weight)
+    rest = np.clip(_about_mean(x, weight), -3 * texture.sd, 3 * texture.sd)
+    power = np.where(away, rest**2, 0).astype(np.float32)
+    usual = power.sum() / max(int(away.sum()), 1)
+    if not usual:
+        return np.full_like(power, texture.sd**2)
+    counts = ndimage.gaussian_filter(away.astype(np.float32), _NEARBY)
+    nearby = (ndimage.gaussian_filter(power, _NEARBY) + _FEW * usual) / (counts + _FEW)
+    return nearby * (texture.sd**2 / usual)
+
+
 def _grain_in_fill(x: NDArray, weight: NDArray) -> NDArray:
     """Return the variance that a fill has about its local mean, around each voxel.
 
-    It is that of the whole hole: at its soft edge lies the tissue's own grain, which fades by itself. Nor do CSF and
-    background beside it count: a wall is no grain.
+    It is that of the whole hole: at its soft edge lies the tissue's own grain, which fades by itself.
     """
-    rest = x - _local_mean(x, (x >= FLUID) | (weight > 0), _SMOOTH)
-    return _local_mean(rest**2, weight >= 1, _AROUND)
+    return _local_mean(_about_mean(x, weight) ** 2, weight >= 1, _AROUND)
+
+
+def _about_mean(x: NDArray, weight: NDArray) -> NDArray:
+    """Return an image less its local mean, to which CSF and background do not count: a wall is no grain."""
+    return x - _local_mean(x, (x >= FLUID) | (weight > 0), _SMOOTH)
 
 
 def _local_mean(x: NDArray, where: NDArray[np.bool_], width: float) -> NDArray:

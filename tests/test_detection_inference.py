@@ -165,22 +165,27 @@ def test_neither_threads_nor_other_windows_change_a_bit(kind, precision, network
     assert np.array_equal(alone[few], wanted[few])
 
 
-def test_auto_gives_the_mask_of_float32(networks, visits, monkeypatch):
-    network = networks[ConcatUNet]
-    exact, fast = (slide([network], visits, precision=p) for p in ("float32", "bf16"))
-    assert not np.array_equal(exact, fast)
+@pytest.mark.parametrize("kind", KINDS)
+def test_auto_gives_the_mask_of_float32(kind, networks, visits, monkeypatch):
+    exact, fast = (slide([networks[kind]], visits, precision=p) for p in ("float32", "bf16"))
+    assert 0 < np.abs(exact - fast).max() < inference._BF16_ERROR
     monkeypatch.setattr(inference, "default_precision", lambda device: "bf16")
     for threshold in (0.3, 0.5, 0.8):
-        auto = slide([network], visits, precision="auto", threshold=threshold)
+        auto = slide([networks[kind]], visits, precision="auto", threshold=threshold)
         assert np.array_equal(auto > threshold, exact > threshold)
-        assert np.array_equal(auto, np.where(fast > threshold - network.bf16_error, exact, fast))
+        assert np.array_equal(auto, np.where(fast >= threshold - inference._BF16_ERROR, exact, fast))
 
 
-@pytest.mark.parametrize(("kind", "native"), [(ConcatUNet, "float32"), (SiameseUNet, "bf16")])
-def test_auto_is_float32_where_bf16_is_no_help(kind, native, networks, visits, monkeypatch):
-    monkeypatch.setattr(inference, "default_precision", lambda device: native)
+@pytest.mark.parametrize("kind", KINDS)
+def test_auto_is_float32_where_bf16_is_no_help(kind, networks, visits, monkeypatch):
     exact = slide([networks[kind]], visits, precision="float32")
+    monkeypatch.setattr(inference, "default_precision", lambda device: "float32")
     assert np.array_equal(slide([networks[kind]], visits, precision="auto"), exact)
+    monkeypatch.setattr(inference, "default_precision", lambda device: "bf16")
+    monkeypatch.setattr(inference, "_BF16_ERROR", 1e-4)  # less than what it is
+    assert np.array_equal(slide([networks[kind]], visits, precision="auto"), exact)
+    unlikely = slide([networks[kind]], visits, precision="auto", threshold=0.99)
+    assert np.array_equal(unlikely, exact)
 
 
 def test_an_ensemble_is_averaged(networks, visits):

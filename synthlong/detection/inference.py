@@ -46,6 +46,8 @@ __all__ = [
 DEFAULT_DETECTOR = ConcatUNet.task
 """Which of the shipped networks is used where none is named."""
 
+_BF16_ERROR = 0.1
+
 _Window = tuple[slice, ...]
 _Progress = Callable[[str, int, int], None]
 
@@ -233,15 +235,16 @@ def probability_map(
         stride: Voxels from a window to the next, at most `window`; default: three quarters of it.
         mirrored: Show the networks each window's left-right mirror image, too, and average.
         threshold: Where the map will be cut; matters to precision "auto" only.
-        precision: "float32"; "bf16"; or "auto": where device and network do well with bf16, it finds the voxels that
-            are clearly below the threshold; all others get float32's values, so that the mask is that of float32.
+        precision: "float32"; "bf16"; or "auto": where the device computes bf16 natively, it finds the voxels that are
+            clearly below the threshold; all others get float32's values, so that the mask is that of float32. If
+            those differ from bf16's by more than 0.1 anywhere, bf16 is too coarse for the network, and not used.
         device: Torch device.
         progress: Called as (stage, done, total).
 
     Raises:
         ConfigError: An option outside its range, or networks of different kinds.
     """
-    first = _check_alike(networks)
+    _check_alike(networks)
     window = window_of(networks, window)
     stride = max(window * 3 // 4, 1) if stride is None else stride
     if not 1 <= stride <= window:
@@ -255,16 +258,27 @@ def probability_map(
     inside = np.pad(brain != 0, beyond)
     slider = _Slider(networks, visits, window=window, mirrored=mirrored, device=device, progress=progress)
     windows = [w for w in _lattice(inside.shape, window, stride) if inside[w].any()]
-    error = first.bf16_error if default_precision(device) == "bf16" else None
-    if precision != "auto" or error is None:
-        mean = slider.mean(windows, "bf16" if precision == "bf16" else "float32")
+    if precision == "auto" and default_precision(device) == "bf16":
+        mean = _as_in_float32(slider, windows, inside, threshold)
     else:
-        mean = slider.mean(windows, "bf16")
-        suspect = inside & (mean > threshold - error)
-        again = slider.mean([w for w in windows if suspect[w].any()], "float32", stage="windows again")
-        mean = np.where(suspect, again, mean)
+        mean = slider.mean(windows, "bf16" if precision == "bf16" else "float32")
     mean[~inside] = 0
     return mean[tuple(slice(a, a + n) for (a, _), n in zip(beyond, brain.shape, strict=True))]
+
+
+def _as_in_float32(
+    slider: _Slider, windows: list[_Window], inside: NDArray[np.bool_], threshold: float
+) -> NDArray[np.float32]:
+    """Return the mean probability over the windows: bf16's where that is clearly below the threshold, else float32's.
+
+    At least the most likely voxel is computed twice: how far both differ says whether bf16 can be relied on.
+    """
+    mean = slider.mean(windows, "bf16")
+    suspect = inside & (mean >= min(threshold - _BF16_ERROR, float(mean[inside].max(initial=0))))
+    exact = slider.mean([w for w in windows if suspect[w].any()], "float32", stage="windows again")
+    if np.max(np.abs(exact - mean), where=suspect, initial=0) > _BF16_ERROR:
+        return slider.mean(windows, "float32", stage="windows again")
+    return np.where(suspect, exact, mean)
 
 
 class _Slider:

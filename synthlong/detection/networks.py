@@ -68,11 +68,9 @@ class LongitudinalUNet(_LogitUNet):
     """New lesions of two visits.
 
     A whole brain is seen in windows of `window` voxels a side; weights carry their own, see `inference`.
-    `bf16_error` bounds how far bf16 moves a probability; None: too far for bf16 to be of use without asking.
     """
 
     window: int
-    bf16_error: ClassVar[float | None] = None
 
     @staticmethod
     def normalised(scan: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -90,7 +88,6 @@ class ConcatUNet(LongitudinalUNet):
     task = "concat"
     channels = 2
     window = 32
-    bf16_error = 0.05  # the largest one seen was 0.03
 
     @staticmethod
     def normalised(scan: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -120,8 +117,7 @@ class _Merge(nn.Conv3d):
 class SiameseUNet(LongitudinalUNet):
     """One encoder for both visits, brain mode 1; a 1x1x1 convolution a level brings both visits' features together.
 
-    The way up and the skip connections see the merged features only. Features are alike in both visits but for a
-    little, which bf16 rounds off: up to 0.14 of probability, a voxel in twenty of a mask.
+    The way up and the skip connections see the merged features only.
     """
 
     task = "siamese"
