@@ -61,6 +61,6 @@ def generate(
         rate = outcome.made / max(outcome.seconds, 1e-9)
         text = f"{outcome.made} made in {outcome.seconds:.1f} s, {rate:.1f} pairs/s"
     else:
-        text = "already complete"
+        text = "already complete" + ("; cases mended since want another folder" if outcome.failures else "")
     typer.echo(f"{out.name}: {outcome.pairs} pairs in {outcome.shards} shards ({text})")
     raise typer.Exit(1 if outcome.failures else 0)

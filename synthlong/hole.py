@@ -10,9 +10,10 @@ tissue around, to which they add what is missing.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 from scipy import ndimage
+
+from synthlong.compiling import compiled
 
 __all__ = ["FLUID", "REACH", "corrupt", "first_guess", "hole_in", "noise", "soft_hole"]
 
@@ -124,7 +125,7 @@ def corrupt(
     return np.stack([noisy, guess, region]).astype(np.float32, copy=False)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _stamp(weight, where, steps, values):  # type: ignore[no-untyped-def]  # pragma: no cover
     """Raise `weight` to `values` (m,) at the offsets `steps` (m, 3) from each voxel of `where` (n, 3)."""
     ni, nj, nk = weight.shape
@@ -135,7 +136,7 @@ def _stamp(weight, where, steps, values):  # type: ignore[no-untyped-def]  # pra
                 weight[i, j, k] = values[m]
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _relax(x, known, where, sweeps, omega):  # type: ignore[no-untyped-def]  # pragma: no cover
     """Gauss-Seidel with over-relaxation on the voxels `where` (n, 3); neighbours not `known` are skipped."""
     ni, nj, nk = x.shape

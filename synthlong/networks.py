@@ -6,10 +6,12 @@ the encoder's features are concatenated on the way (Schmidt-Mengin et al. 2022, 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
@@ -247,6 +249,25 @@ def infer(network: UNet, x: NDArray, *, precision: str, device: str = "cpu") -> 
     return np.ascontiguousarray(y[:, : sides[0], : sides[1], : sides[2]])
 
 
+@cache
+def arithmetic(device: str) -> str:
+    """Return a digest of what a small network gives on a device: it differs where processors or GPUs round otherwise.
+
+    Processors that torch calls alike may still multiply bf16 by other instructions, whose bits are others.
+    """
+    rng = np.random.default_rng(0)
+    with torch.random.fork_rng(devices=[]):
+        network = UNet(UNetConfig(in_channels=3)).to(device).eval()
+    with torch.no_grad():
+        for weights in network.parameters():
+            weights.copy_(torch.from_numpy(0.2 * rng.standard_normal(weights.shape, np.float32)))
+    x = rng.standard_normal((3, 32, 32, 32), np.float32)
+    precisions = dict.fromkeys(["float32", default_precision(device)])
+    with one_thread():
+        results = [infer(network, x, precision=precision, device=device) for precision in precisions]
+    return hashlib.sha256(np.stack(results).tobytes()).hexdigest()[:12]
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Compute with one torch thread, as the workers of a run do: with two, the bits of a result change."""
@@ -256,3 +277,25 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Multiply float32 matrices as float32, whatever this process has told torch of their precision."""
+    if not hasattr(torch.backends.mkldnn, "matmul"):  # torch < 2.9
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    kinds: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    precisions = [kind.fp32_precision for kind in kinds]  # the older way to ask raises where this newer one was used
+    try:
+        for kind in kinds:
+            kind.fp32_precision = "ieee"
+        yield
+    finally:
+        for kind, precision in zip(kinds, precisions, strict=True):
+            kind.fp32_precision = precision

@@ -331,6 +331,55 @@ def test_autocast_and_gradients_do_not_matter(cls):
     assert not result.requires_grad
 
 
+def cut_products(how):
+    """Let this process multiply float32 matrices in bf16, in the older way of torch or the newer one."""
+    if how == "older":
+        torch.set_float32_matmul_precision("medium")
+    else:
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+
+
+@pytest.mark.parametrize("how", ["older", "newer"])
+@pytest.mark.parametrize("cls", RANDOM)
+def test_the_precision_of_matrix_products_does_not_matter(cls, how, request):
+    request.addfinalizer(lambda: torch.set_float32_matmul_precision("highest"))
+    transform, x = always(cls, seed=1), image(1, 40, 40, 40)
+    want = transform(x)
+    cut_products(how)
+    coarse = x[0, 0] @ x[0, 1]
+    assert torch.equal(transform(x), want)
+    assert torch.equal(x[0, 0] @ x[0, 1], coarse), "the process keeps its setting"
+
+
+def test_a_process_forked_in_the_middle_of_a_product_does_not_wait_for_ever():
+    program = """
+import os, sys, torch
+from synthlong.artifacts import kspace, kspace_ghosting
+with kspace._alone:
+    child = os.fork()
+    if child == 0:
+        kspace_ghosting(torch.rand(1, 12, 12, 12), ghosts=3, axis=0, intensity=1.0)
+        os._exit(7)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", program], timeout=60, check=False).returncode == 7
+
+
+def test_without_a_place_for_numbas_cache_kernels_are_compiled_anew():
+    program = """
+from numba.core.caching import CacheImpl
+CacheImpl._locator_classes = []  # as in a container: neither the package nor a home can be written
+import numba, torch
+try:
+    numba.njit(cache=True)(lambda x: x)
+except RuntimeError:
+    from synthlong.artifacts import gaussian_blur
+    print(gaussian_blur(torch.ones(1, 5, 5, 5), std=1.0).mean().item())
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True)
+    assert float(done.stdout) == pytest.approx(1)
+
+
 def test_arrays_become_lists_in_history():
     coefficients = np.linspace(-0.1, 0.1, 20)
     result = artifacts.PolynomialBiasField(coefficients)(subject())

@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 from running import bytes_of, made, started, wait_for
@@ -16,6 +17,7 @@ from synthlong.dataset.cluster import DaskPool
 from synthlong.dataset.plan import environment
 from synthlong.dataset.run import generate
 from synthlong.errors import ConfigError, OutputError
+from synthlong.lesions import LesionBank
 
 distributed = pytest.importorskip("distributed")
 
@@ -58,6 +60,22 @@ def test_the_bytes_are_those_of_a_local_run(manifest, whole, out, cluster):
     assert (outcome.made, outcome.lost) == (12, {})
     assert seen[-1] == ("pairs", 12, 12)
     assert bytes_of(out) == whole
+
+
+def test_workers_that_started_in_another_folder(manifest, whole, out, cluster, tmp_path, monkeypatch):
+    """Names of cases, run and assets are relative to where the command is given."""
+    with distributed.Client(cluster, set_as_default=False) as client:
+        client.run(os.chdir, tmp_path)
+        monkeypatch.chdir(manifest.parent)
+        shutil.copy(LesionBank.default_path(), "bank.npz")
+        options = OPTIONS | {"config": replace(OPTIONS["config"], lesion_bank="bank.npz")}
+        try:
+            generate(manifest.name, out.name, scheduler=cluster.scheduler_address, **options)
+        finally:
+            (manifest.parent / "bank.npz").unlink()
+            client.run(os.chdir, os.getcwd())
+    assert bytes_of(out) == whole
+    assert not list(tmp_path.iterdir())
 
 
 def test_killed_worker_costs_nothing(manifest, whole, out, cluster):

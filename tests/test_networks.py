@@ -1,8 +1,12 @@
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 
-from synthlong.networks import GroupNorm, UNet, UNetConfig, default_precision, infer
+from synthlong.networks import GroupNorm, UNet, UNetConfig, arithmetic, default_precision, infer
 
 CONFIG = UNetConfig(in_channels=3, out_channels=1, widths=(8, 16, 16))
 
@@ -111,3 +115,26 @@ def test_the_gradients_in_channels_last_are_those_of_double_precision():
     exact(x.double()).square().mean().backward()
     for (name, ours), theirs in zip(network.named_parameters(), exact.parameters(), strict=True):
         assert (ours.grad - theirs.grad).abs().max() < 1e-4 * theirs.grad.abs().max(), name
+
+
+def test_arithmetic_tells_processors_apart():
+    """Other instructions for bf16, as on a processor that torch calls the same."""
+    assert arithmetic("cpu") == arithmetic("cpu")
+    if default_precision() == "float32":
+        pytest.skip("this processor does not compute bf16")
+    program = "from synthlong.networks import arithmetic; print(arithmetic('cpu'))"
+    found = []
+    for most in ("DEFAULT", "AVX512_CORE"):
+        command = [sys.executable, "-W", "ignore", "-c", program]
+        environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": most}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        found.append(done.stdout.strip())
+    assert found[0] == arithmetic("cpu") != found[1]
+
+
+def test_arithmetic_leaves_torchs_generator_alone():
+    torch.manual_seed(4)
+    wanted = torch.rand(1)
+    torch.manual_seed(4)
+    arithmetic.__wrapped__("cpu")
+    assert torch.rand(1) == wanted

@@ -126,6 +126,9 @@ def test_bad_case_is_left_out_or_strict(manifest, tmp_path):
     assert str(tmp_path) not in failed["cs07"]
     dataset = ShardDataset(tmp_path / "out")
     assert {Recipe.from_json(dataset[k]["recipe"]).case_id for k in range(2)} == {"cs19"}
+    (tmp_path / "cs07_FLAIR.nii.gz").write_bytes(whole)  # mended, but the run is what it is
+    again = generate(tmp_path / "cases.csv", tmp_path / "out", workers=1, **(OPTIONS | {"pairs": 2}))
+    assert (again.made, again.failures) == (0, failed)
 
 
 def test_foreign_folder_is_left_alone(manifest, tmp_path):
@@ -184,6 +187,14 @@ def test_replay_notices_a_pair_that_differs(run, monkeypatch):
 
     monkeypatch.setattr(module, "render", off_by_a_little)
     with pytest.raises(SynthlongError, match="pair 0 does not come out as stored"):
+        replay(run, 0)
+    here = module.environment("cpu")
+    other = {**here, "machine": {**here["machine"], "arithmetic": "f00"}}
+    monkeypatch.setattr(module, "environment", lambda _: other)
+    with pytest.warns(InputWarning, match="differs in its last bits: other processor or libraries than the run's"):
+        replay(run, 0)
+    monkeypatch.setattr(module.synthlong, "__version__", "9.9")
+    with pytest.raises(InputError, match=r'made by synthlong .*, this is 9\.9; pip install "synthlong=='):
         replay(run, 0)
 
 

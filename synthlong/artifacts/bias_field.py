@@ -16,13 +16,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
 from synthlong.artifacts.base import Artifact, Params, RandomArtifact
 from synthlong.artifacts.ranges import Range, check_number
 from synthlong.artifacts.volumes import copied, in_slabs, on_volumes
+from synthlong.compiling import compiled
 
 __all__ = ["PolynomialBiasField", "RandomPolynomialBiasField", "polynomial_bias_field"]
 
@@ -137,7 +137,7 @@ def _by_numba(volumes: NDArray[np.float32], weights: NDArray[np.float64]) -> NDA
     return result
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def _multiply(x, y, weights, us, vs, ws, start, stop):  # type: ignore[no-untyped-def]
     """Multiply planes `start` to `stop` by their field."""
     h = np.zeros((_HIGHEST + 1, vs.size), np.float32)  # coefficients of 1, w, w^2, ... for each row of a plane

@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
@@ -22,6 +21,7 @@ from torch import Tensor
 from synthlong.artifacts.base import Artifact, Params, RandomArtifact, spacing_of
 from synthlong.artifacts.ranges import Range, check_triple
 from synthlong.artifacts.volumes import copied, in_slabs, on_volumes
+from synthlong.compiling import compiled
 
 __all__ = ["GaussianBlur", "RandomGaussianBlur", "Widths", "away_from_blur", "gaussian_blur", "in_voxels", "mirrored"]
 
@@ -168,7 +168,7 @@ def _weights(sigma: float) -> NDArray[np.float32]:
     return np.pad(g / (2 * g.sum() - 1), (0, max(-radius % 4, 4 - radius))).astype(np.float32)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _blur_pairs(x, edges, weights, amount, out, start, stop):  # type: ignore[no-untyped-def]
     """Filter pairs of planes, which share most of what they read: along I to `wide`, K to `tall`, J to `out`.
 
@@ -208,7 +208,7 @@ def _blur_pairs(x, edges, weights, amount, out, start, stop):  # type: ignore[no
 # count from the end, which keeps the compiler from vectorising.
 
 
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"}, forceinline=True)
+@compiled(fastmath={"reassoc", "contract", "nsz"}, forceinline=True)
 def _sum_rows(source, stride, step, weights, out):  # type: ignore[no-untyped-def]
     """Set out[j, k] to the weighted sum of the `source` voxels from j * step + k on, `stride` apart."""
     step, s, c = np.uint64(step), np.uint64(stride), np.uint64((weights.size - 1) * stride)
@@ -226,7 +226,7 @@ def _sum_rows(source, stride, step, weights, out):  # type: ignore[no-untyped-de
                 out[j, k] = y
 
 
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"}, forceinline=True)
+@compiled(fastmath={"reassoc", "contract", "nsz"}, forceinline=True)
 def _sum_planes(source, starts, weights, out, next_out, margin):  # type: ignore[no-untyped-def]
     """Set `out` to the weighted sum of the planes at `starts` without the last, `next_out` without the first."""
     r, m, width = weights.size - 1, np.uint64(margin), np.uint64(out.shape[1] - 2 * margin)

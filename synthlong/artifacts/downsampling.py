@@ -18,13 +18,13 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
 from synthlong.artifacts.base import Artifact, Params, RandomArtifact, on_axis
 from synthlong.artifacts.ranges import Range, check_axes, check_number
 from synthlong.artifacts.volumes import copied, in_slabs, on_volumes
+from synthlong.compiling import compiled
 
 __all__ = ["AnisotropicDownsampling", "RandomAnisotropicDownsampling", "anisotropic_downsampling"]
 
@@ -132,7 +132,7 @@ def _by_numba(volumes: NDArray[np.float32], factor: float, axis: int, prefilter:
     return result
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _plan(n, m, factor, prefilter):  # type: ignore[no-untyped-def]
     """Return what each of m samples takes from n voxels, the prefilter's factors, and what each voxel takes back."""
     taken = math.ceil(factor) + 1 if prefilter else 1
@@ -165,7 +165,7 @@ def _plan(n, m, factor, prefilter):  # type: ignore[no-untyped-def]
     return source, weight, behind, ahead, back, share
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def _resample(x, y, source, weight, behind, ahead, back, share, start, stop):  # type: ignore[no-untyped-def]
     """Resample lines along axis 1 of `(stacks, n, columns)`: samples, then spline coefficients, then voxels."""
     m = source.shape[0]

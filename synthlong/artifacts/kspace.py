@@ -10,6 +10,7 @@ symmetric circulant matrix of h, whichever is faster.
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Sequence
 from functools import lru_cache
@@ -19,15 +20,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from synthlong.networks import one_thread
+from synthlong.networks import exact_products, one_thread
 
 __all__ = ["add_filtered"]
 
 Mask = tuple[float, ...]
 """A factor for each plane of k-space, from one end to the other; the centre is plane n // 2."""
 
-_ALONE = threading.Lock()
+_alone = threading.Lock()
 """Held while products have one torch thread, or on Intel's processors MKL's bits would depend on their number."""
+
+
+def _free() -> None:
+    """Make the lock anew: a process that was forked while another thread held it would wait for ever."""
+    global _alone
+    _alone = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_free)
 
 _CACHED = 1 << 19  # voxels whose spectra stay near
 
@@ -49,7 +60,7 @@ def add_filtered(x: Tensor, images: Sequence[Tensor], masks: Sequence[Mask], *, 
     if sources and _transform_is_faster(n, max(widths), after):
         _add_by_transform(result.view(pencils), sources, masks, scale)
     else:
-        with _ALONE, one_thread():
+        with _alone, one_thread(), exact_products():
             for source, mask in zip(sources, masks, strict=True):
                 _add_by_product(result.view(pencils), source, _basis(mask).to(x.device), scale)
     return result

@@ -20,7 +20,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
@@ -29,6 +28,7 @@ from synthlong.artifacts.base import Artifact, Params, RandomArtifact, spacing_o
 from synthlong.artifacts.kspace import Mask, add_filtered
 from synthlong.artifacts.ranges import Range, check_axes, check_number, check_triple, check_triples
 from synthlong.artifacts.volumes import copied, in_slabs, on_volumes
+from synthlong.compiling import compiled
 
 __all__ = ["KSpaceMotion", "RandomKSpaceMotion", "kspace_motion"]
 
@@ -231,7 +231,7 @@ def _changes_by_numba(volumes: Tensor, poses: list[Pose]) -> list[Tensor]:
     return changes
 
 
-@njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+@compiled(error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
 def _resample(  # type: ignore[no-untyped-def, unused-ignore]
     padded: NDArray[np.float32],
     volume: NDArray[np.float32],
@@ -272,13 +272,13 @@ def _resample(  # type: ignore[no-untyped-def, unused-ignore]
                 change[i, j, k] = row[k] - volume[i, j, k]
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@compiled(forceinline=True)
 def _whole(voxels):  # type: ignore[no-untyped-def, unused-ignore]
     """Return a coordinate in whole numbers."""
     return np.int64(np.floor(voxels * _ONE + 0.5))
 
 
-@njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
+@compiled(error_model="numpy", forceinline=True)
 def _inside(origin, step, n, first, end):  # type: ignore[no-untyped-def, unused-ignore]
     """Narrow `range(first, end)` to the k for which -1 < origin + step k < n, by more than rounding."""
     edge = 1e-6 + end / _ONE
@@ -290,7 +290,7 @@ def _inside(origin, step, n, first, end):  # type: ignore[no-untyped-def, unused
     return first, max(first, int(np.floor(max(min(far, end - 1), first - 1))) + 1)
 
 
-@njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
+@compiled(error_model="numpy", forceinline=True)
 def _stay(position, step):  # type: ignore[no-untyped-def, unused-ignore]
     """Return how many voxels, this one included, are in its cell."""
     place = np.uint64(position & (_ONE - 1))
@@ -298,7 +298,7 @@ def _stay(position, step):  # type: ignore[no-untyped-def, unused-ignore]
     return np.int64(way // np.uint64(max(abs(step), 1))) + 1
 
 
-@njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"}, forceinline=True)
+@compiled(error_model="numpy", fastmath={"reassoc", "contract", "nsz"}, forceinline=True)
 def _interpolate(row, k, run, padded, corner, line, plane, position, step):  # type: ignore[no-untyped-def, unused-ignore]
     """Write a run of voxels to the row, and up to 15 more that mean nothing."""
     unit, low, one = np.float32(1 / _ONE), _ONE - 1, np.uint64(1)  # unsigned: a signed index may count from the end

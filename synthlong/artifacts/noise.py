@@ -15,13 +15,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
 from synthlong.artifacts.base import Artifact, Params, RandomArtifact
 from synthlong.artifacts.ranges import Range, check_number
 from synthlong.artifacts.volumes import copied, in_slabs, on_volumes
+from synthlong.compiling import compiled
 
 __all__ = ["GaussianNoise", "RandomGaussianNoise", "gaussian_noise"]
 
@@ -126,7 +126,7 @@ def _by_numba(volumes: NDArray[np.float32], std: float, seed: int) -> NDArray[np
     return result
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def _add_noise(x, y, std, seed, start, stop):  # type: ignore[no-untyped-def]
     words = np.empty((4, _COUNTERS), np.uint32)
     noise = np.empty((4, _COUNTERS), np.float32)
@@ -141,7 +141,7 @@ def _add_noise(x, y, std, seed, start, stop):  # type: ignore[no-untyped-def]
             result[n] = voxels[n] + flat[n]
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@compiled(forceinline=True)
 def _philox(words, first, seed):  # type: ignore[no-untyped-def]
     """Fill four rows of random words, from counters `first`, `first + 1`, ..."""
     row_a, row_b, row_c, row_d = words[0], words[1], words[2], words[3]
@@ -156,7 +156,7 @@ def _philox(words, first, seed):  # type: ignore[no-untyped-def]
         row_a[n], row_b[n], row_c[n], row_d[n] = np.uint32(a), np.uint32(b), np.uint32(c), np.uint32(d)
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"}, forceinline=True)
+@compiled(fastmath={"contract"}, forceinline=True)
 def _box_muller(words, turns, one, other, std):  # type: ignore[no-untyped-def]
     """Turn words into pairs of normal numbers, with polynomials, which the compiler vectorises, for log, sin and cos.
 

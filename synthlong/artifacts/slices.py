@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
@@ -24,6 +23,7 @@ from synthlong.artifacts.base import Artifact, Params, RandomArtifact, on_axis
 from synthlong.artifacts.blur import mirrored
 from synthlong.artifacts.ranges import Range, check_axis, check_number
 from synthlong.artifacts.volumes import copied, in_slabs, on_volumes
+from synthlong.compiling import compiled
 
 __all__ = ["RandomSliceThickness", "SliceThickness", "slice_thickness"]
 
@@ -120,7 +120,7 @@ def _by_numba(volumes: NDArray[np.float32], size: int, axis: int) -> NDArray[np.
     return out.reshape(volumes.shape)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _average_columns(x, read, size, out, start, stop):  # type: ignore[no-untyped-def]
     """Average x (outer, n, inner) along n by running sums, for columns `start` to `stop` of outer * inner."""
     _, n, inner = x.shape
@@ -141,7 +141,7 @@ def _average_columns(x, read, size, out, start, stop):  # type: ignore[no-untype
                 total[k] = whole - first[k]
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _average_rows(x, read, size, out, start, stop):  # type: ignore[no-untyped-def]
     """Average x (outer, n) along n, for rows `start` to `stop` and a size of four at most.
 

@@ -20,13 +20,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
 from synthlong.artifacts.base import Artifact, Params, RandomArtifact
 from synthlong.artifacts.ranges import Range, check_number, check_triples
 from synthlong.artifacts.volumes import copied, in_slabs, on_volumes
+from synthlong.compiling import compiled
 
 __all__ = ["KSpaceSpike", "RandomKSpaceSpike", "kspace_spike"]
 
@@ -198,7 +198,7 @@ def _by_numba(volumes: NDArray[np.float32], places: Sequence[Sequence[float]], i
     return result
 
 
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+@compiled(fastmath={"reassoc", "contract", "nsz"})
 def _sums(volume):  # type: ignore[no-untyped-def, unused-ignore]
     """Return the sums of the voxels, of their moduli, and of their squares."""
     total, moduli, squares = 0.0, 0.0, 0.0
@@ -216,7 +216,7 @@ def _sums(volume):  # type: ignore[no-untyped-def, unused-ignore]
     return total, moduli, squares
 
 
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+@compiled(fastmath={"reassoc", "contract", "nsz"})
 def _add_waves(  # type: ignore[no-untyped-def, unused-ignore]
     volume: NDArray[np.float32],
     turns_i: NDArray[np.complex128],

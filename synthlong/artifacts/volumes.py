@@ -9,9 +9,11 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
+
+from synthlong.compiling import compiled
+from synthlong.networks import exact_products
 
 __all__ = ["copied", "in_slabs", "on_volumes"]
 
@@ -39,7 +41,10 @@ def on_volumes(
     volumes = _volumes(x)
     device = volumes.device.type
     with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-        if numba_kernel is not None and device == "cpu":
+        if device != "cpu":
+            with exact_products():
+                result = torch_kernel(volumes)
+        elif numba_kernel is not None:
             result = torch.from_numpy(numba_kernel(volumes.numpy()))
         else:
             result = torch_kernel(volumes)
@@ -84,7 +89,7 @@ def _volumes(x: Tensor) -> Tensor:
     return volumes
 
 
-@njit("boolean(int32[::1])", cache=True, nogil=True)  # typed: numba's own start is paid when importing
+@compiled("boolean(int32[::1])")  # typed: numba's own start is paid when importing
 def _all_finite(bits: NDArray[np.int32]) -> bool:  # type: ignore[no-untyped-def, unused-ignore]
     """Tell whether no float32, given as its bits, has the exponent of NaN and infinity."""
     worst = np.int32(0)

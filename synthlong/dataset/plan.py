@@ -23,6 +23,7 @@ from synthlong.dataset.shards import canonical_json, publish
 from synthlong.errors import ConfigError, InputError, OutputError, short
 from synthlong.inpainting import Inpainter
 from synthlong.lesions import LesionBank
+from synthlong.networks import arithmetic
 from synthlong.painting import LesionPainter
 from synthlong.synthesis import SynthesisConfig
 
@@ -91,9 +92,10 @@ def make_plan(
 
 def environment(device: str) -> dict[str, Any]:
     """Return what besides the plan decides the bytes: versions of what computes them, and the machine."""
+    cpu = torch.backends.cpu.get_cpu_capability()
     return {
         "versions": {"synthlong": synthlong.__version__, **{name: version(name) for name in _LIBRARIES}},
-        "machine": {"cpu": torch.backends.cpu.get_cpu_capability(), "device": device},
+        "machine": {"cpu": cpu, "device": device, "arithmetic": arithmetic(device)},
     }
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+import synthlong
 from synthlong.dataset.cases import check_assets, synthesis_of
-from synthlong.dataset.plan import read_plan, source_of
+from synthlong.dataset.plan import environment, read_plan, source_of
 from synthlong.dataset.shards import IMAGES, VOLUMES, ShardDataset
 from synthlong.errors import ConfigError, InputError, InputWarning, SynthlongError
 from synthlong.inpainting import heal
@@ -77,9 +77,13 @@ def _compare(pair: Pair, stored: dict[str, Any], run: Path, number: int, plan: d
         made = made.astype(np.float16).astype(np.float32) if name in IMAGES else made
         if np.array_equal(made, stored[name][0].numpy()):
             continue
-        cpu = torch.backends.cpu.get_cpu_capability()
-        if cpu != plan["machine"]["cpu"] or torch.__version__ != plan["versions"]["torch"]:
-            text = f"pair {number}: {name} differs in its last bits: other processor or torch than the run's"
+        here = environment(plan["machine"]["device"])
+        made_by = plan["versions"]["synthlong"]
+        if made_by != synthlong.__version__:
+            way = f'pip install "synthlong=={made_by}" to make it again'
+            raise InputError(run, f"made by synthlong {made_by}, this is {synthlong.__version__}", way)
+        if any(here[kind] != plan[kind] for kind in here):
+            text = f"pair {number}: {name} differs in its last bits: other processor or libraries than the run's"
             warnings.warn(text, InputWarning, stacklevel=3)
             return
         raise SynthlongError(f"{run.name}: pair {number} does not come out as stored ({name}); run `synthlong report`")

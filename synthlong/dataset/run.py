@@ -76,7 +76,7 @@ class Outcome:
         shards: Shards in it.
         made: Pairs made by this call; the others were there.
         seconds: Wall time of making them, cases prepared before.
-        failures: Message of each case that was left out, by subject.
+        failures: Message of each case that the run leaves out, by subject.
         lost: What became of each shard that could not be made, by number; without any, the run is complete.
     """
 
@@ -124,12 +124,12 @@ def generate(
         InputError: No usable case, or `strict` and one that is not.
         OutputError: `out` cannot be written, or another process writes there.
     """
-    source, out = Path(source), Path(out)
+    source, out = Path(source).absolute(), Path(out).absolute()  # workers on other machines start elsewhere
     for name, value, low in (("pairs", pairs, 1), ("seed", seed, 0), ("shard_size", shard_size, 1)):
         if value < low:
             raise ConfigError(f"{name} = {value}: must be {low} or more")
     workers = workers if workers > 0 else processors()
-    config = settled(config or SynthesisConfig())
+    config = settled(_absolute(config or SynthesisConfig()))
     files, assets = find_cases(source, prefer=prefer), asset_hashes(config)
     options: dict[str, Any] = {"pairs": pairs, "seed": seed, "shard_size": shard_size}
     options |= {"config": config, "assets": assets, "prefer": prefer}
@@ -137,11 +137,11 @@ def generate(
 
     check_folder(out)
     if _complete(out):
-        left_out = _failures(out)
-        hashed = [Preparation(f, out, config, assets, sources=f.hashes()) for f in files if f.subject not in left_out]
+        failures = _failures(out)
+        hashed = [Preparation(f, out, config, assets, sources=f.hashes()) for f in files if f.subject not in failures]
         adopt_plan(out, make_plan(source, out, cases=[p.record for p in hashed], **options))
         _clear(out)
-        return Outcome(pairs, shards, 0, 0.0)
+        return Outcome(pairs, shards, 0, 0.0, failures)
     with _folder_of_run(out, break_lock=break_lock):
         if (out / "run.json").exists():  # refuse another run before hours are spent on its cases
             adopt_plan(out, make_plan(source, out, cases=read_plan(out)["cases"], **options))
@@ -185,12 +185,18 @@ def _complete(out: Path) -> bool:
         return False
 
 
-def _failures(out: Path) -> set[str]:
-    """Return the subjects that a complete run has left out."""
+def _failures(out: Path) -> dict[str, str]:
+    """Return the cases that a complete run has left out, and why."""
     try:
-        return set(json.loads((out / "failures.json").read_bytes())["failed"])
+        return dict(json.loads((out / "failures.json").read_bytes())["failed"])
     except (OSError, ValueError, KeyError, TypeError):
-        return set()
+        return {}
+
+
+def _absolute(config: SynthesisConfig) -> SynthesisConfig:
+    named = {name: getattr(config, name) for name in config.PATHS}
+    paths: dict[str, Any] = {name: str(Path(path).absolute()) for name, path in named.items() if path}
+    return replace(config, **paths)
 
 
 def _clear(out: Path) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from synthlong.compiling import compiled
 
 __all__ = ["distance_mm"]
 
@@ -28,7 +29,7 @@ def distance_mm(mask: NDArray[np.bool_], spacing_mm: NDArray[np.float64]) -> NDA
     return np.sqrt(squared, out=squared)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _sweep(squared: NDArray[np.float64], step: float) -> None:
     """Carry squared distances along the middle axis, in place."""
     outer, n, inner = squared.shape
