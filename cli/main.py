@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
@@ -99,15 +100,21 @@ def main(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         if ours:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only disturb what libraries do at exit
-        print(f"stopped{_way_on(arguments)}", file=sys.stderr)
+        _say(f"stopped{_way_on(arguments)}")
         return 130
     except (_Terminated, Exception) as error:
         if terminated:  # whatever a library has made of it
-            print(f"terminated{_way_on(arguments)}", file=sys.stderr)
+            _say(f"terminated{_way_on(arguments)}")
             return 143
         if debug:
             traceback.print_exc()
         return _explain(error)
+
+
+def _say(text: str) -> None:
+    """Print to stderr, once for all processes of a training."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(text, file=sys.stderr)
 
 
 def _way_on(arguments: list[str]) -> str:

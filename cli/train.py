@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
 import shlex
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -77,6 +79,7 @@ class _Asked:
         self._words += ["--config", self._file.name] if self._file else []
         self.say(**self.given)
         if threads:
+            os.environ["OMP_NUM_THREADS"] = str(threads)  # for Lightning, where it starts several processes
             torch.set_num_threads(threads)
             self.say(threads=threads)
 
@@ -94,6 +97,10 @@ class _Asked:
     def config(self, kind: type[Config]) -> Config:
         """Return the config: what was given here, else what the file says."""
         return kind.from_toml(self._file, **self.given) if self._file else kind.from_dict(self.given)
+
+    def says(self, name: str) -> bool:
+        """Whether an option was given, here or in the file."""
+        return name in self.given or (self._file is not None and name in tomllib.loads(self._file.read_text()))
 
     @contextmanager
     def running(self) -> Iterator[dict[str, Any]]:
@@ -208,7 +215,7 @@ def finetune(
     asked.note(schedule=schedule)
     asked.say(weights=weights.name)
     config = asked.config(stage_config.FinetuneConfig)
-    fold = asked.given.get("fold", config.fold or None)  # 0 is the default in a file, and means all
+    fold = config.fold if asked.says("fold") else None
     with asked.running() as options:
         made = stages.finetune(source, out, weights=weights, config=config, fold=fold, **options)
     for figures in made:

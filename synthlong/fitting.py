@@ -15,26 +15,28 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+import synthlong
 from synthlong import inpainting, painting
 from synthlong.atlas import lesion_prior, sample_map
 from synthlong.case import Case, patient_of
+from synthlong.dataset.lock import file_lock
 from synthlong.dataset.writer import make_place
 from synthlong.errors import ConfigError, InputError
 from synthlong.lesions import read_bank
 from synthlong.networks import UNet, UNetConfig, check_device, default_precision, infer
 from synthlong.sampling import Sample
 from synthlong.signals import held_signals
-from synthlong.weights import checkpoint_of, differing, finished, write_weights
+from synthlong.weights import checkpoint_of, finished, read_checkpoint, write_checkpoint, write_weights
 
 __all__ = ["FitConfig", "Sampler", "fit", "fit_on_cases", "hole_errors"]
 
+_STAGE = "fit"
 _HELD_OUT_SAMPLES = 64
 _CHECKPOINT_EVERY_S = 120
 _NOISE = 0.05
@@ -131,7 +133,8 @@ def fit(
     whole = {**settings, **about, "task": task, "network": network.as_dict()}
     if made := finished(out, whole, part="fit", task=task):
         return {key: made[key] for key in ("curve", "fit", "seconds")}
-    first, curve, losses, seconds = _resume(checkpoint, whole, model, adam)
+    resumable = {**whole, "version": synthlong.__version__}
+    first, curve, losses, seconds = _resume(checkpoint, resumable, model, adam)
     started = saved = time.monotonic()
     with held_signals() as stopped:
         for step in range(first, config.steps):
@@ -159,7 +162,7 @@ def fit(
             if stopped or time.monotonic() - saved > _CHECKPOINT_EVERY_S:
                 saved = time.monotonic()
                 state = {"step": done, "curve": curve, "losses": losses, "seconds": seconds + saved - started}
-                _save(checkpoint, whole, model, adam, state)
+                _save(checkpoint, resumable, model, adam, state)
             if stopped:
                 break
     figures = {"curve": curve, "fit": settings, "seconds": round(seconds + time.monotonic() - started)}
@@ -207,17 +210,19 @@ def fit_on_cases(
     training, held_out = samplers
     assert training is not None
     about = {"patients": patients, "held_out": hold_out, "sources": {c.id: c.sources for c in cases}}
-    return fit(
-        config,
-        task=task,
-        network=network,
-        training=training,
-        held_out=held_out,
-        out=out,
-        card=card,
-        about=about,
-        progress=progress,
-    )
+    make_place(out)
+    with file_lock(out):
+        return fit(
+            config,
+            task=task,
+            network=network,
+            training=training,
+            held_out=held_out,
+            out=out,
+            card=card,
+            about=about,
+            progress=progress,
+        )
 
 
 def hole_errors(model: UNet, sampler: Sampler, config: FitConfig) -> dict[str, float]:
@@ -274,22 +279,15 @@ def _schedule(t: float) -> float:
 
 def _save(path: Path, settings: dict[str, Any], model: UNet, adam: torch.optim.Adam, state: dict[str, Any]) -> None:
     learned = {"model": model.state_dict(), "adam": adam.state_dict()}
-    torch.save({**learned, **state, "settings": settings}, path.with_suffix(".writing"))
-    path.with_suffix(".writing").replace(path)
+    write_checkpoint(path, {_STAGE: {**learned, **state, "settings": settings}})
 
 
 def _resume(
     path: Path, settings: dict[str, Any], model: UNet, adam: torch.optim.Adam
 ) -> tuple[int, list[dict[str, float]], list[float], float]:
-    if not path.exists():
+    state = read_checkpoint(path, _STAGE, settings)
+    if state is None:
         return 0, [], [], 0.0
-    try:
-        state = torch.load(path, weights_only=True, map_location=next(model.parameters()).device)
-        made = state["settings"]
-    except (OSError, EOFError, KeyError, TypeError, RuntimeError, UnpicklingError) as error:
-        raise InputError(path, f"the checkpoint is damaged ({type(error).__name__})", "remove it") from error
-    if changed := differing(made, settings):
-        raise InputError(path, f"the checkpoint is of another training ({changed})", "remove it")
     model.load_state_dict(state["model"])
     adam.load_state_dict(state["adam"])
     return state["step"], state["curve"], state["losses"], state["seconds"]

@@ -2,7 +2,8 @@
 
 The card (`NAME.json`) says what the weights were trained on, under which licence, by which command, with
 which loss curve and held-out error, and carries the SHA-256 of the weights: safetensors itself accepts NaN,
-other dtypes and flipped bits. Nothing is ever unpickled.
+other dtypes and flipped bits. Nothing is ever unpickled; the checkpoint of a training that goes on holds tensors and
+plain values.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -23,9 +26,18 @@ from synthlong.detection.networks import ConcatUNet, LongitudinalUNet, Segmentat
 from synthlong.errors import InputError
 from synthlong.networks import UNet, UNetConfig, infer
 
-__all__ = ["TrainedNetwork", "read_weights", "write_weights"]
+__all__ = [
+    "TrainedNetwork",
+    "checkpoint_of",
+    "finished",
+    "read_checkpoint",
+    "read_weights",
+    "write_checkpoint",
+    "write_weights",
+]
 
 _KEY = "synthlong"
+_MOST_SAID = 5
 _DETECTORS = (SegmentationUNet, SiameseUNet, ConcatUNet)
 _NETWORKS: dict[str, type[UNet]] = {"inpainter": UNet, "generator": UNet, **{c.task: c for c in _DETECTORS}}
 _FORMATS = dict.fromkeys(_NETWORKS, "synthlong-weights/1") | {"generator": "synthlong-weights/2"}
@@ -102,6 +114,39 @@ def checkpoint_of(out: Path) -> Path:
     return out.with_suffix(".checkpoint")
 
 
+def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write the state of a training: all of it, or what was there before stays."""
+    from synthlong.dataset.writer import publish
+
+    data = BytesIO()
+    torch.save(state, data)
+    publish(path, data.getvalue())
+
+
+def read_checkpoint(path: Path, stage: str, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what a training has left in its checkpoint, on the CPU; None: there is none.
+
+    Args:
+        path: The checkpoint.
+        stage: Name of the training, under which it has written.
+        settings: What has to be the same to go on.
+
+    Raises:
+        InputError: It is damaged, or of another training.
+    """
+    if not path.exists():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")[stage]
+        made = state["settings"]
+    except (OSError, EOFError, KeyError, TypeError, RuntimeError, UnpicklingError) as error:
+        problem = f"the checkpoint is damaged or of another stage ({type(error).__name__})"
+        raise InputError(path, problem, "remove it") from error
+    if changed := differing(made, settings):
+        raise InputError(path, f"the checkpoint is of another training ({changed})", "remove it")
+    return state
+
+
 def finished(out: Path, settings: dict[str, Any], *, part: str, task: str) -> dict[str, Any] | None:
     """Return the card of weights that are there already, made with the same settings.
 
@@ -136,12 +181,22 @@ def finished(out: Path, settings: dict[str, Any], *, part: str, task: str) -> di
 
 def differing(made: dict[str, Any], settings: dict[str, Any]) -> str:
     """Return in words which settings differ from those made before; "": none."""
-    other = [key for key in sorted(settings) if settings[key] != made.get(key)]
-    return "; ".join(f"{key}: {_in_short(made.get(key))} -> {_in_short(settings[key])}" for key in other)
+    before, after = _flat({key: made.get(key) for key in settings}), _flat(settings)
+    other = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
+    said = [f"{key}: {_in_short(before.get(key))} -> {_in_short(after.get(key))}" for key in other[:_MOST_SAID]]
+    return "; ".join(said + [f"and {len(other) - _MOST_SAID} more"] * (len(other) > _MOST_SAID))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _in_short(value: Any) -> str:
-    return "others" if isinstance(value, dict) else str(value)
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:12]}..."
 
 
 def read_weights(path: Path, *, task: str | tuple[str, ...], shipped: bool = True) -> tuple[UNet, str]:

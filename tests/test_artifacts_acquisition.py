@@ -131,8 +131,13 @@ def test_bad_arguments():
             RandomAcquisition(**arguments)
     with pytest.raises(ValueError, match="step 'Blur': must be one of KSpaceMotion"):
         acquire(torch.ones(2, 2, 2), steps=[("Blur", {})])
-    with pytest.raises(ValueError, match="must be a name and parameters"):
-        acquire(torch.ones(2, 2, 2), steps=[("GaussianBlur",)])
+    for step in (("GaussianBlur",), ("GaussianBlur", None)):
+        with pytest.raises(ValueError, match="must be a name and a dict of parameters"):
+            acquire(torch.ones(2, 2, 2), steps=[step])
+    with pytest.raises(ValueError, match=r"step \['GaussianBlur'\]: must be one of"):
+        acquire(torch.ones(2, 2, 2), steps=[(["GaussianBlur"], {})])
+    with pytest.raises(ValueError, match="step AnisotropicDownsampling: 'axis' is missing"):
+        acquire(torch.ones(2, 2, 2), steps=[("AnisotropicDownsampling", {"factor": 2})])
     with pytest.raises(ValueError, match=r"step GaussianBlur: std = -1"):
         acquire(torch.ones(2, 2, 2), steps=[("GaussianBlur", {"std": -1})])
     with pytest.raises(ValueError, match=r"step GaussianBlur: .*unexpected"):

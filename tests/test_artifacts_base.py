@@ -229,6 +229,41 @@ def test_include_exclude_keep_and_label_keys():
     assert artifacts.RandomGaussianBlur(include=["none"])(source).applied_transforms == []
 
 
+def test_labels_in_a_dict_are_not_changed_in_silence():
+    """`torchio.Compose` keeps its `include` to itself when it is called with a dict."""
+    both = {"image": image(1, 8, 8, 8), "label": (image(1, 8, 8, 8) > 1).float()}
+    transform = artifacts.RandomGaussianBlur(std=(1, 1))
+    with pytest.raises(ValueError, match=r"'label' would be changed, too; name the images: include=\['image'\]"):
+        tio.Compose([transform], include=["image"])(both)
+    for choice in ({"include": ["image"]}, {"exclude": ["label"]}, {"label_keys": ["label"]}):
+        result = artifacts.RandomGaussianBlur(std=(1, 1), **choice)(both)
+        assert torch.equal(result["label"], both["label"])
+        assert not torch.equal(result["image"], both["image"])
+
+
+@pytest.mark.parametrize("cls", RANDOM)
+def test_scans_of_whole_numbers(cls, tmp_path):
+    """As scanners write them: TorchIO leaves them int16."""
+    voxels = (1000 * image(1, 9, 8, 7)).to(torch.int16)
+    tio.ScalarImage(tensor=voxels).save(tmp_path / "flair.nii.gz")
+    scan = tio.ScalarImage(tmp_path / "flair.nii.gz")
+    assert scan.data.dtype == torch.int16
+    transform = always(cls, seed=4)
+    wanted = transform(tio.ScalarImage(tensor=voxels.float(), affine=scan.affine)).data
+    assert torch.equal(transform(scan).data, wanted)
+    changed = transform(tio.Subject(flair=scan))
+    assert torch.equal(changed.flair.data, wanted)
+    assert torch.equal(changed.get_composed_history()(tio.Subject(flair=scan)).flair.data, wanted)
+
+
+def test_a_range_may_be_an_array():
+    blur = artifacts.RandomGaussianBlur(std=np.array([0.5, 1.0]))
+    assert 0.5 <= blur.draw_params(np.random.default_rng(0))["std"] <= 1
+    assert artifacts.RandomKSpaceGhosting(axes=np.array([0, 2])).axes == (0, 2)
+    with pytest.raises(ValueError, match=r"std = array\(\[1., 2., 3.\]\): must be a number or a range"):
+        artifacts.RandomGaussianBlur(std=np.array([1.0, 2.0, 3.0]))
+
+
 def test_a_dict_without_images_is_no_silent_pass():
     with pytest.raises(ValueError, match=r"no entry of the dict \['image'\]"):
         artifacts.RandomGaussianBlur()({"image": torch.ones(1, 8, 8)})

@@ -103,7 +103,7 @@ def test_an_interrupted_fit_goes_on_to_the_same_weights(train, monkeypatch):
         ({"config": replace(CONFIG, seed=9)}, "seed"),
         ({"config": replace(CONFIG, sides=(16, 20))}, "sides"),
         ({"task": "inpainter"}, "task"),
-        ({"network": UNetConfig(3, 1, (8, 8))}, "network"),
+        ({"network": UNetConfig(3, 1, (8, 8))}, "network.widths"),
         ({"about": {"held_out": "cs19"}}, "held_out"),
     ],
 )
@@ -119,7 +119,7 @@ def test_a_checkpoint_of_another_fit_is_refused(train, monkeypatch, changed, nam
 def test_a_stopped_fit_saves_its_step_and_goes_on_to_the_same_bits(asked, train, tmp_path):
     with stopped(asked):
         train("w", progress=asking_to_stop(asked, at=3))
-    assert torch.load(tmp_path / "w.checkpoint", weights_only=True)["step"] == 3
+    assert torch.load(tmp_path / "w.checkpoint", weights_only=True)["fit"]["step"] == 3
     (path, figures), (other, whole) = train("w"), train("whole")
     assert figures["curve"] == whole["curve"]
     assert path.read_bytes() == other.read_bytes()

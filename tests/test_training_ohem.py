@@ -80,6 +80,11 @@ def test_share_of_positive_patches():
         OhemConfig(mining=False, positive_share=0.5).draw(Counting(), step, 0)
     assert counts[:2] == [(128, 38), (32, 0)]
     assert np.mean([positive for _, positive in counts[2:]]) == pytest.approx(16, abs=1)
+    for devices in (1, 2, 16, 32):
+        counts.clear()
+        for rank in range(devices):
+            OhemConfig(devices=devices).draw(Counting(), 0, rank)
+        assert np.sum(counts, axis=0).tolist() == [128, 38]
 
 
 @pytest.mark.parametrize(
@@ -92,6 +97,8 @@ def test_share_of_positive_patches():
         ({"loss": "mse"}, "loss"),
         ({"widths": (10,)}, "multiples of 8"),
         ({"devices": 3}, "multiple of the 3 processes"),
+        ({"devices": 3, "batch": 33}, "candidates = 128: must be a multiple of the 3 processes"),
+        ({"devices": 32, "validation_patches": 31}, "validation_patches = 31: must be at least the 32 processes"),
         ({"device": "abacus"}, "device"),
     ],
 )
@@ -148,6 +155,16 @@ def test_it_learns_and_keeps_the_best(run, tmp_path):
     assert OhemConfig.from_dict(card["train"]) == config
     assert not set(card["patients"]) & set(card["held_out"])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["w.json", "w.safetensors"]
+
+
+def test_of_equals_the_last_weights_are_kept(model):
+    points = [{"step": 1, "dice": 0.0}, {"step": 2, "dice": 0.3}, {"step": 3, "dice": 0.3}, {"step": 4, "dice": 0.1}]
+    trained = model()
+    for count, best in ((1, 1), (2, 2), (3, 3), (4, 3)):
+        trained.curve = points[:count]
+        assert trained.best_point["step"] == best
+    trained.curve = [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.2}]  # nobody is held out
+    assert trained.best_point["step"] == 2
 
 
 def test_the_weights_say_how_wide_windows_are(run, tmp_path):

@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,8 @@ from training import write_balls, write_scans
 
 from synthlong.artifacts import RandomAcquisition, acquire
 from synthlong.detection.networks import SegmentationUNet, SiameseUNet
-from synthlong.errors import ConfigError, InputError
+from synthlong.errors import ConfigError, InputError, OutputError
+from synthlong.lesions import LesionBank
 from synthlong.networks import UNetConfig
 from synthlong.orientation import draw_orientation
 from synthlong.synthesis import SynthesisConfig
@@ -261,6 +264,12 @@ def test_finetune_makes_a_network_for_each_fold(manifest, first, tmp_path, capsy
     again = [(tmp_path / f"w.fold-{fold}.safetensors").stat().st_mtime_ns for fold in range(2)]
     assert times[0] == again[0]
     assert times[1] < again[1]
+    for fold in range(2):  # in the file, 0 is as good a number as any
+        words[2] = tmp_path / f"alone{fold}.safetensors"
+        called(tmp_path, "finetune", *words, folds=2, fold=fold)
+        assert sorted(p.name for p in tmp_path.glob("alone*.safetensors"))[fold:] == [
+            f"alone{fold}.fold-{fold}.safetensors"
+        ]
 
 
 def test_a_killed_training_goes_on_to_the_same_bits(run, first, tmp_path):
@@ -296,6 +305,105 @@ def test_two_processes_make_the_steps_of_one(run, first, tmp_path):
     learned = [key for key in one if key.startswith("merge")]
     assert min((one[key] - start[key]).abs().mean() for key in learned) > 1e-4
     assert max((one[key] - two[key]).abs().mean() for key in learned) < 1e-6
+
+
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("processes", ["two ranks", "two makers of pairs"])
+def test_a_signal_to_all_processes_saves_the_step(asked, processes, manifest, run, first, tmp_path):
+    """As a scheduler sends it: to every process of a job."""
+    source, made = (run, "w.tensorboard") if processes == "two ranks" else (manifest, "w.work")
+    options = TINY | {"steps": 500, "checkpoint_every": 1, "batch": 4}
+    text = "".join(f"{key} = {json.dumps(value)}\n" for key, value in options.items())
+    (tmp_path / "c.toml").write_text(text + '[synthesis]\npainter = "ellipsoid"\n' * (source is manifest))
+    words = ["train", "pretrain", source, "-o", tmp_path / "w.safetensors", "--encoder", first / "s.safetensors"]
+    words += ["--config", tmp_path / "c.toml", "--threads", 1, "--devices", 2 if source is run else 1]
+    with started(*words) as process:
+        wait_for((tmp_path / "w.checkpoint").exists, process)
+        os.killpg(process.pid, asked)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[asked], said
+    assert said.count("go on with: synthlong train pretrain") == 1, said
+    assert (tmp_path / made).exists()
+    state = torch.load(tmp_path / "w.checkpoint", weights_only=True)
+    assert 0 < state["global_step"] < 500
+    assert not list(tmp_path.glob("*.tmp-*"))
+
+
+def test_another_trainings_checkpoint_in_this_folder_is_left_alone(run, first, tmp_path, monkeypatch):
+    """Lightning writes `hpc_ckpt_1.ckpt` when Slurm is about to end a job, and goes on from any that it finds."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in {
+        "JOB_ID": 1,
+        "JOB_NAME": "x",
+        "NTASKS": 1,
+        "NODELIST": "here",
+        "PROCID": 0,
+        "LOCALID": 0,
+    }.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    config = PretrainConfig(**TINY | {"checkpoint_every": 1})
+    options = {"encoder": first / "s.safetensors", "card": CARD, "tensorboard": False}
+
+    def stop(done, *_):
+        if done == 3:
+            signal.raise_signal(signal.SIGUSR1)
+            raise StopError
+
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        with pytest.raises(StopError):
+            pretrain(run, Path("cut.safetensors"), config=replace(config, seed=1), progress=stop, **options)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert not list(tmp_path.glob("hpc_ckpt*"))
+    shutil.copy("cut.checkpoint", "hpc_ckpt_1.ckpt")
+    figures = pretrain(run, Path("fresh.safetensors"), config=config, **options)
+    assert [point["step"] for point in figures["curve"]] == [2, 4]
+    assert pretrain(run, Path("again.safetensors"), config=config, **options)["curve"] == figures["curve"]
+    os.unlink("hpc_ckpt_1.ckpt")
+    assert pretrain(run, Path("alone.safetensors"), config=config, **options)["curve"] == figures["curve"]
+
+
+def test_one_training_at_a_time_writes_a_file(run, first, tmp_path):
+    config, said = PretrainConfig(**TINY), []
+    options = {"encoder": first / "s.safetensors", "config": config, "card": CARD, "tensorboard": False}
+
+    def begin_another(done, *_):
+        if done == 2:
+            with pytest.raises(OutputError, match=r"w\.safetensors: locked by process \d+") as refusal:
+                pretrain(run, tmp_path / "w.safetensors", **options)
+            said.append(refusal)
+
+    pretrain(run, tmp_path / "w.safetensors", progress=begin_another, **options)
+    assert said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["w.json", "w.safetensors"]
+
+
+def test_other_assets_are_another_training(manifest, first, tmp_path):
+    shutil.copy(LesionBank.default_path(), tmp_path / "bank.npz")
+    (tmp_path / "c.toml").write_text('[synthesis]\npainter = "ellipsoid"\nlesion_bank = "bank.npz"\n')
+    config = PretrainConfig.from_toml(tmp_path / "c.toml", **TINY)
+    options = {"encoder": first / "s.safetensors", "config": config, "card": CARD, "tensorboard": False, "readers": 0}
+
+    def stop(done, *_):
+        if done == 3:
+            raise StopError
+
+    with pytest.raises(StopError):
+        pretrain(
+            manifest,
+            tmp_path / "w.safetensors",
+            progress=stop,
+            **options | {"config": replace(config, checkpoint_every=1)},
+        )
+    assert str(tmp_path).encode() not in (tmp_path / "w.checkpoint").read_bytes()
+    bank = dict(np.load(tmp_path / "bank.npz"))
+    np.savez(tmp_path / "bank.npz", **bank)  # the same shapes, other bytes
+    with pytest.raises(
+        InputError, match=r"of another training \(assets\.lesion_bank: .* -> .*; checkpoint_every: 1 -> 3"
+    ):
+        pretrain(manifest, tmp_path / "w.safetensors", **options)
+    assert (tmp_path / "w.checkpoint").exists()
 
 
 class StopError(Exception):

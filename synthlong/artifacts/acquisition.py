@@ -98,14 +98,16 @@ def acquire(
     result = copied(x)
     affine = np.eye(4) if affine is None else affine
     for each in steps:
-        if len(each) != 2:
-            raise ValueError(f"step {each!r}: must be a name and parameters")
+        if len(each) != 2 or not isinstance(each[1], dict):
+            raise ValueError(f"step {each!r}: must be a name and a dict of parameters")
         name, params = each
-        if name not in _BY_NAME:
+        if not isinstance(name, str) or name not in _BY_NAME:
             raise ValueError(f"step {name!r}: must be one of {', '.join(_BY_NAME)}")
         step = _BY_NAME[name]
         try:
             result = step.kernel(result.float(), **step.on_grid(params, affine))
+        except KeyError as error:
+            raise ValueError(f"step {name}: {error} is missing") from error
         except (TypeError, ValueError) as error:
             raise ValueError(f"step {name}: {error}") from error
     if zero_background and steps:

@@ -31,6 +31,7 @@ __all__ = ["Artifact", "RandomArtifact", "axial_axis", "on_axis", "softened", "s
 Params = dict[str, Any]
 
 _ALONE = "default_image_name"  # of an image that comes in no subject, as in TorchIO
+_LABELS = ("label", "mask", "seg")
 
 
 def spacing_of(affine: NDArray[np.float64]) -> tuple[float, float, float]:
@@ -88,11 +89,13 @@ class _Transform(IntensityTransform):
         Args:
             data: `torchio.Subject` or `Image`; tensor or array `(I, J, K)` or `(C, I, J, K)`; a dict, of which the
                 floating-point tensors and arrays of rank 4 are images (or those named in `include`); or a SimpleITK
-                or NIfTI image. Label maps stay as they are.
+                or NIfTI image. Label maps stay as they are. Whole numbers become float32, but for those of a tensor or
+                an array, which would come back as another type.
             **named: The items of a dict instead, as batchgeneratorsv2 passes them.
 
         Raises:
-            ValueError: An image has integers, no voxels, NaN or infinite values; names the image. Or a dict has none.
+            ValueError: An image has no voxels, NaN or infinite values, or a tensor or an array has integers; names the
+                image. Or a dict has no image, or one that is called a label, mask or segmentation, and no `include`.
         """
         data = named if data is None and named else data
         if isinstance(data, tio.Subject):
@@ -135,7 +138,8 @@ class _Transform(IntensityTransform):
 
     def _change(self, subject: tio.Subject, images: Mapping[str, tio.Image], chosen: Callable[[str], Params]) -> None:
         for name, image in images.items():
-            image.set_data(self._applied(name, image.data, image.affine, chosen(name)))
+            data = image.data if image.data.is_floating_point() else image.data.float()
+            image.set_data(self._applied(name, data, image.affine, chosen(name)))
         if images:
             record = self._recorded(list(images), chosen)
             # copy=True: replayed alone, the twin must not change the caller's subject
@@ -147,6 +151,11 @@ class _Transform(IntensityTransform):
         if not names and self.exclude is None:
             wanted = "a floating-point image of rank 4" if self.include is None else f"an image named in {self.include}"
             raise ValueError(f"no entry of the dict {list(data)} is {wanted}")
+        labels = [name for name in names if any(word in str(name).lower() for word in _LABELS)]
+        if labels and self.include is None and self.exclude is None:
+            raise ValueError(
+                f"'{labels[0]}' would be changed, too; name the images: include={sorted({*names} - {*labels})}"
+            )
         chosen = self._choose(names)
         if chosen is None:
             return data

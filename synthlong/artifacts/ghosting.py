@@ -37,7 +37,7 @@ def kspace_ghosting(x: Tensor, *, ghosts: int, axis: int, intensity: float, rest
         axis: Along which the ghosts lie, the direction of phase encoding: 0 for I, 1 for J, 2 for K.
         intensity: Fraction taken from the planes, in [0, 100]; 0 changes nothing, 1 empties them.
         restore: Fraction of the planes left as they were, around the centre of k-space, in [0, 1]; None: the central
-            plane.
+            plane. Planes are counted in pairs: less than two of them spare none, not even the centre.
 
     Raises:
         ValueError: A parameter outside its range, or `x` not finite floating-point voxels.

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 __all__ = ["Range", "check_axes", "check_axis", "check_number", "check_triple", "check_triples"]
 
@@ -38,7 +39,7 @@ class Range:
     def of(
         cls,
         name: str,
-        value: float | Sequence[float],
+        value: float | Sequence[float] | NDArray,
         *,
         least: float = -math.inf,
         most: float = math.inf,
@@ -60,7 +61,7 @@ class Range:
         Raises:
             ValueError: Not numbers, falling, or outside `[least, most]`.
         """
-        given = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+        given = _listed(value)
         if isinstance(given, list):
             pair = given
         else:
@@ -111,7 +112,8 @@ def check_triple(
     Raises:
         ValueError: Neither a number nor three, or outside `[least, most]`.
     """
-    values = list(value) if isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, str) else [value] * 3
+    given = _listed(value)
+    values = given if isinstance(given, list) else [value] * 3
     if len(values) != 3:
         raise ValueError(f"{name} = {value!r}: must be a number, or three, one per axis")
     i, j, k = (check_number(name, v, least=least, most=most) for v in values)
@@ -124,7 +126,8 @@ def check_axes(value: Any) -> tuple[int, ...]:
     Raises:
         ValueError: Neither an axis nor a sequence of them.
     """
-    axes = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    given = _listed(value)
+    axes = given if isinstance(given, list) else [value]
     if not axes:
         raise ValueError(f"axes = {value!r}: must have at least one of 0, 1, 2")
     return tuple(int(check_number("axes", axis, least=0, most=2, whole=True)) for axis in axes)
@@ -155,3 +158,10 @@ def check_triples(
     if not isinstance(rows, Sequence) or any(not isinstance(row, (Sequence, np.ndarray)) for row in rows):
         raise ValueError(f"{name} = {value!r}: must be a list of threes, one number per axis")
     return [check_triple(name, row, least=least, most=most) for row in rows]
+
+
+def _listed(value: Any) -> Any:
+    """Return a sequence or an array as a list, anything else as it is."""
+    if isinstance(value, str) or not isinstance(value, (Sequence, np.ndarray)):
+        return value
+    return list(value) if np.ndim(value) else value

@@ -1,8 +1,9 @@
-"""One writer at a time in a run's folder: `OUT/.lock`, held by the kernel where it can, by its existence elsewhere.
+"""One writer at a time, in a run's folder (`OUT/.lock`) or of a file (`.NAME.lock` beside it).
 
-The kernel frees an `flock` when its holder dies, so a dead writer on this machine never needs clearing up. What it
-cannot tell is whether a writer on another machine lives, on file systems that do not share locks: a lock file that
-names another host is refused until the user breaks it. It is synced at once, for other hosts to read.
+The kernel holds the lock where it can, and frees it when its holder dies: a dead writer on this machine never needs
+clearing up. Elsewhere the file's existence is the lock. What the kernel cannot tell is whether a writer on another
+machine lives, on file systems that do not share locks: a run's lock file that names another host is refused until the
+user breaks it. It is synced at once, for other hosts to read.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ try:
 except ImportError:  # not POSIX: the file's existence is the lock
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["LOCK", "writer_lock"]
+__all__ = ["LOCK", "file_lock", "writer_lock"]
 
 LOCK = ".lock"
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
@@ -44,11 +45,27 @@ def writer_lock(out: Path, *, break_lock: bool = False) -> Iterator[None]:
     Raises:
         OutputError: Another process holds it, or the folder cannot be written to.
     """
-    path = out / LOCK
+    with _held(out / LOCK, out, break_lock):
+        yield
+
+
+@contextmanager
+def file_lock(file: Path) -> Iterator[None]:
+    """Hold the lock of a file to be written, `.NAME.lock` beside it, from whoever the kernel does not know.
+
+    Raises:
+        OutputError: Another process holds it, or the folder cannot be written to.
+    """
+    with _held(file.with_name(f".{file.name}{LOCK}"), file, break_lock=True):
+        yield
+
+
+@contextmanager
+def _held(path: Path, what: Path, break_lock: bool) -> Iterator[None]:
     try:
-        descriptor = _taken(path, break_lock)
+        descriptor = _taken(path, what, break_lock)
     except OSError as error:
-        raise OutputError(out, f"cannot be written ({error.strerror})", "choose a folder you may write to") from error
+        raise OutputError(what, f"cannot be written ({error.strerror})", "choose a folder you may write to") from error
     try:
         yield
     finally:
@@ -58,7 +75,7 @@ def writer_lock(out: Path, *, break_lock: bool = False) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _taken(path: Path, break_lock: bool) -> int:
+def _taken(path: Path, what: Path, break_lock: bool) -> int:
     """Return a descriptor of the lock file, which is now ours."""
     for _ in range(_TRIES):
         try:
@@ -69,16 +86,16 @@ def _taken(path: Path, break_lock: bool) -> int:
             except FileNotFoundError:  # its holder has just ended
                 continue
         try:
-            if _locked(path, descriptor, created, break_lock):
+            if _locked(path, what, descriptor, created, break_lock):
                 return descriptor
         except BaseException:
             os.close(descriptor)
             raise
         os.close(descriptor)
-    raise OutputError(path.parent, "its lock changes hands all the time", "let the other writer end first")
+    raise OutputError(what, "its lock changes hands all the time", "let the other writer end first")
 
 
-def _locked(path: Path, descriptor: int, created: bool, break_lock: bool) -> bool:
+def _locked(path: Path, what: Path, descriptor: int, created: bool, break_lock: bool) -> bool:
     """Lock the open file and write who holds it; False if the file has gone meanwhile."""
     holder = {} if created else _holder(descriptor)
     try:
@@ -87,18 +104,18 @@ def _locked(path: Path, descriptor: int, created: bool, break_lock: bool) -> boo
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         known_dead = holder.get("host") == socket.gethostname() or not holder
     except BlockingIOError:
-        raise _refusal(path, holder, "wait until it has ended, or stop it") from None
+        raise _refusal(what, holder, "wait until it has ended, or stop it") from None
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise
-        text = f"{short(path.parent)}: this file system has no flock; two writers are told apart by {LOCK} alone"
+        text = f"{short(what)}: this file system has no flock; two writers are told apart by {path.name} alone"
         warnings.warn(text, InputWarning, stacklevel=4)
         known_dead = created
     if not known_dead:
         if not break_lock:
-            raise _refusal(path, holder, "if that process is gone, add --break-lock")
+            raise _refusal(what, holder, "if that process is gone, add --break-lock")
         if _lives_here(holder):
-            raise _refusal(path, holder, f"stop it, or remove {LOCK} if that process is another program")
+            raise _refusal(what, holder, f"stop it, or remove {path.name} if that process is another program")
         if _is_file(descriptor, path):  # and not that of another who broke it first
             path.unlink(missing_ok=True)
         return False
@@ -133,10 +150,10 @@ def _lives_here(holder: dict[str, Any]) -> bool:
     return True
 
 
-def _refusal(path: Path, holder: dict[str, Any], way_out: str) -> OutputError:
+def _refusal(what: Path, holder: dict[str, Any], way_out: str) -> OutputError:
     pid, host, since = (holder.get(key, "?") for key in ("pid", "host", "since"))
     who = f"process {pid} on {host} since {since}" if holder else "another process"
-    return OutputError(path.parent, f"locked by {who}", way_out)
+    return OutputError(what, f"locked by {who}", way_out)
 
 
 def _is_file(descriptor: int, path: Path) -> bool:

@@ -16,23 +16,26 @@ import time
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import lightning
 import torch
+from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
+import synthlong
+from synthlong.dataset.lock import file_lock
 from synthlong.errors import InputError
 from synthlong.networks import UNet
 from synthlong.signals import hold_signals
 from synthlong.training.losses import errors_of, predicted
 from synthlong.training.patches import Drawn
 from synthlong.training.training_config import PRECISIONS, TrainingConfig
-from synthlong.weights import differing, finished, write_weights
+from synthlong.weights import finished, read_checkpoint, write_checkpoint, write_weights
 
 __all__ = ["LAYOUTS", "Training", "fit", "seeded_weights"]
 
@@ -84,13 +87,18 @@ class Training(lightning.LightningModule):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What has to be the same to go on."""
+        """What has to be the same for the same weights."""
         return {**self.config.as_dict(), **self.about}
 
     @property
     def best_point(self) -> dict[str, float]:
-        """The point of the curve with the highest Dice, the first of equals; the last where nobody is held out."""
-        return max(self.curve, key=lambda point: point.get("dice", point["step"]))
+        """The point of the curve with the highest Dice, the last of equals; the last where nobody is held out."""
+        return max(self.curve, key=lambda point: (point.get("dice", 0), point["step"]))
+
+    @property
+    def resumable(self) -> dict[str, Any]:
+        """What has to be the same to go on."""
+        return {**self.settings, "version": synthlong.__version__}
 
     def seconds(self) -> float:
         """Return how long the training took, interruptions left out."""
@@ -103,8 +111,7 @@ class Training(lightning.LightningModule):
 
     def on_train_start(self) -> None:
         """Hold Ctrl-C and SIGTERM back until a step is done and saved; Lightning puts their handlers back."""
-        if self.config.ranks == 1:
-            hold_signals(self.stopped_by)
+        hold_signals(self.stopped_by)
 
     def train_dataloader(self) -> Iterable[tuple[Tensor, ...]]:
         """Return the batches of each step from the one at which the training begins or goes on."""
@@ -140,17 +147,22 @@ class Training(lightning.LightningModule):
             self._progress(done, config.steps, self._losses[-1])
         if done % config.report_every == 0 or done == config.steps:
             self._report(done)
-        if done % config.checkpoint_every == 0 or self.stopped_by:
-            writing = self.checkpoint.with_suffix(".writing")
-            self.trainer.save_checkpoint(writing)
-            if self.trainer.is_global_zero:
-                writing.replace(self.checkpoint)
-        if self.stopped_by:
+        stopped = self._any_stopped()
+        if done % config.checkpoint_every == 0 or stopped:
+            self.trainer.save_checkpoint(self.checkpoint)
+        if stopped:
             raise KeyboardInterrupt
 
+    def _any_stopped(self) -> bool:
+        """Whether a signal has come to this process or, among several, to any."""
+        stopped = torch.tensor(float(bool(self.stopped_by)), device=self.device)
+        return bool(self.trainer.strategy.reduce(stopped, reduce_op="sum") > 0)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what Lightning does not know of."""
-        own = {"settings": self.settings, "curve": self.curve, "best": self.best, "losses": self._losses}
+        """Add what Lightning does not know of; each process calls it, the first one's is written."""
+        own_losses = torch.tensor(self._losses, dtype=torch.float64, device=self.device)
+        losses: Any = self.trainer.strategy.reduce(own_losses, reduce_op="mean")
+        own = {"settings": self.resumable, "curve": self.curve, "best": self.best, "losses": losses.tolist()}
         checkpoint[self.stage] = {**own, "seconds": self.seconds()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -203,9 +215,6 @@ def fit(model: Training, out: Path, *, card: dict[str, Any], tensorboard: bool =
             is there already, and of another training.
     """
     config, checkpoint = model.config, model.checkpoint
-    if made := finished(out, model.settings, part="train", task=model.network.task):
-        return {key: made[key] for key in ("curve", "best", "train", "seconds")}
-    _check_resumable(checkpoint, model.stage, model.settings)
     with _quiet():
         trainer = lightning.Trainer(
             accelerator={"cpu": "cpu", "cuda": "gpu"}[config.device],
@@ -220,19 +229,40 @@ def fit(model: Training, out: Path, *, card: dict[str, Any], tensorboard: bool =
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
+            plugins=[_Published(), *_environment(config)],
+            default_root_dir=out.with_suffix(".none"),  # else it goes on from any hpc_ckpt_1.ckpt in this folder
         )
-        try:
-            trainer.fit(model, ckpt_path=checkpoint if checkpoint.exists() else None)
-        except SystemExit as stop:  # what Lightning makes of a KeyboardInterrupt
-            if model.stopped_by:
-                signal.raise_signal(model.stopped_by[0])  # whose handler is again that of the caller
-            raise KeyboardInterrupt from stop
-    figures = {"curve": model.curve, "best": model.best_point, "train": config.as_dict(), "seconds": model.seconds()}
-    if trainer.is_global_zero:
-        model.network.load_state_dict(model.best)
-        write_weights(out, model.network, task=model.network.task, card={**card, **model.about, **figures})
-        checkpoint.unlink(missing_ok=True)
+        with file_lock(out) if trainer.is_global_zero else nullcontext():
+            if made := finished(out, model.settings, part="train", task=model.network.task):
+                return {key: made[key] for key in ("curve", "best", "train", "seconds")}
+            read_checkpoint(checkpoint, model.stage, model.resumable)  # raises unless it is of this training
+            try:
+                trainer.fit(model, ckpt_path=checkpoint if checkpoint.exists() else None)
+            except SystemExit as stop:  # what Lightning makes of a KeyboardInterrupt
+                if model.stopped_by:
+                    signal.raise_signal(model.stopped_by[0])  # whose handler is again that of the caller
+                raise KeyboardInterrupt from stop
+            figures: dict[str, Any] = {"curve": model.curve, "best": model.best_point, "train": config.as_dict()}
+            figures |= {"seconds": model.seconds()}
+            if trainer.is_global_zero:
+                model.network.load_state_dict(model.best)
+                write_weights(out, model.network, task=model.network.task, card={**card, **model.about, **figures})
+                checkpoint.unlink(missing_ok=True)
     return figures
+
+
+class _Published(TorchCheckpointIO):
+    """Checkpoints that are whole or not there, whatever happens while they are written."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        write_checkpoint(Path(path), checkpoint)
+
+
+def _environment(config: TrainingConfig) -> list[ClusterEnvironment]:
+    """Return where the processes run, but for Slurm's signal on which Lightning writes checkpoints of its own."""
+    if config.ranks == 1:
+        return [LightningEnvironment()]
+    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
 
 
 @contextmanager
@@ -241,19 +271,6 @@ def seeded_weights(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         yield
-
-
-def _check_resumable(path: Path, stage: str, settings: dict[str, Any]) -> None:
-    """Raise if there is a checkpoint that this training cannot go on from."""
-    if not path.exists():
-        return
-    try:
-        made = torch.load(path, weights_only=True, map_location="cpu")[stage]["settings"]
-    except (OSError, EOFError, KeyError, TypeError, RuntimeError, UnpicklingError) as error:
-        problem = f"the checkpoint is damaged or of another stage ({type(error).__name__})"
-        raise InputError(path, problem, "remove it") from error
-    if changed := differing(made, settings):
-        raise InputError(path, f"the checkpoint is of another training ({changed})", "remove it")
 
 
 @contextmanager

@@ -77,7 +77,8 @@ class OhemConfig(TrainingConfig):
         self.check(("positive_share",), lambda v: 0 <= v <= 1, "from 0 to 1")
         self.check(("candidates",), lambda v: v >= 1, "1 or more")
         self.check(("batch",), lambda v: not self.mining or v <= self.candidates, "at most the candidates")
-        self.check(("candidates",), lambda v: not v % self.ranks, f"a multiple of the {self.ranks} processes")
+        dealt = f"a multiple of the {self.ranks} processes"
+        self.check(("candidates",), lambda v: not self.mining or not v % self.ranks, dealt)
         try:
             self.check_side(self.network.multiple)
             wanted = f"a multiple of {self.network.multiple}, at most {WIDEST_WINDOW}"
@@ -98,8 +99,9 @@ class OhemConfig(TrainingConfig):
         """Draw what one process sees at a step."""
         rng = rng_at(self.seed, step, rank)
         if self.mining:
-            count = self.candidates // self.ranks
-            return patches.draw(rng, count, round(self.positive_share * count))
+            positive = round(self.positive_share * self.candidates)
+            own = positive // self.ranks + (rank < positive % self.ranks)
+            return patches.draw(rng, self.candidates // self.ranks, own)
         count = self.batch // self.ranks
         return patches.draw(rng, count, int(rng.binomial(count, self.positive_share)))
 

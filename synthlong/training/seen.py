@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
+from synthlong.dataset.plan import asset_hashes
 from synthlong.dataset.shards import subjects_of
 from synthlong.dataset.stream import PairStream
 from synthlong.manifest import CaseFiles, find_cases
@@ -66,28 +69,33 @@ class MadePairs:
         if config.folds > 1:
             held_out = subjects_of("validation", patients, fold=config.fold, folds=config.folds)
         self.about: dict[str, Any] = {"patients": sorted(set(patients) - held_out), "held_out": sorted(held_out)}
-        self.about["source"] = source_sha256(source, pairs=False)
+        self.about |= {"source": source_sha256(source, pairs=False), "assets": asset_hashes(config.synthesis)}
         self._steps, self._readers, self._work = config.steps, readers, work
 
-        def pairs_of(chosen: list[CaseFiles], *, pairs: int, batch: int) -> PairStream:
-            options: dict[str, Any] = {"pairs": pairs, "keys": self._KEYS, "batch_size": batch, "work": work}
-            return PairStream(chosen, config.synthesis, config.seed, **options)
+        def pairs_of(chosen: list[CaseFiles], **options: Any) -> PairStream:
+            return PairStream(chosen, config.synthesis, config.seed, keys=self._KEYS, work=work, **options)
 
-        learned = [one for one in files if one.patient not in held_out]
-        self._training = pairs_of(learned, pairs=config.batch * config.steps, batch=config.batch // config.ranks)
-        self._validation: Drawn | None = None
-        if held_out:
-            seen = [one for one in files if one.patient in held_out]
-            samples = list(pairs_of(seen, pairs=config.validation_patches, batch=1))
-            self._validation = tuple(np.stack([s[key].numpy() for s in samples]) for key in self._KEYS)
+        learned, seen = ([one for one in files if (one.patient in held_out) == out] for out in (False, True))
+        batch = config.batch // config.ranks
+        self._learned = partial(pairs_of, learned, pairs=config.batch * config.steps, batch_size=batch)
+        self._held_out = (
+            partial(pairs_of, seen, pairs=config.validation_patches, rank=0, world_size=1) if seen else None
+        )
 
     def batches(self, first: int, rank: int) -> _Made:
         """See `Seen`."""
-        return _Made(self._training, steps=range(first, self._steps), workers=self._readers)
+        return _Made(self._learned(), steps=range(first, self._steps), workers=self._readers)
 
     def validation(self) -> Drawn | None:
         """See `Seen`."""
         return self._validation
+
+    @cached_property
+    def _validation(self) -> Drawn | None:
+        if self._held_out is None:
+            return None
+        samples = list(self._held_out())
+        return tuple(np.stack([s[key].numpy() for s in samples]) for key in self._KEYS)
 
     def remove(self) -> None:
         """Remove the prepared cases, and nothing else that may lie beside them."""
@@ -106,7 +114,12 @@ class _Made:
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         if not self._steps:  # Lightning asks, even where a training stopped after its last step
             return
-        loader = self._stream.loader(num_workers=self._workers)
+        loader = self._stream.loader(num_workers=self._workers, worker_init_fn=_outlive_one_sigterm)
         loader.load_state_dict({**loader.state_dict(), "epoch": 0, "batches": self._steps.start})
         for batch in loader:
             yield tuple(batch[key] for key in self._stream.keys)
+
+
+def _outlive_one_sigterm(_worker: int) -> None:
+    """Let the first SIGTERM pass: a scheduler sends it to all processes, and the step at work is to be saved."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

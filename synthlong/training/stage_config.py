@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -113,6 +113,11 @@ class PretrainConfig(StageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check(("trainable",), lambda v: v in ("decoder", "all"), "decoder or all")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the config as plain JSON, without paths: hashes say which assets there were."""
+        plain = super().as_dict()
+        return {**plain, "synthesis": plain["synthesis"] | dict.fromkeys(SynthesisConfig.PATHS)}
 
 
 @dataclass(frozen=True)

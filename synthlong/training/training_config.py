@@ -68,6 +68,7 @@ class TrainingConfig(Options):
         counts = ("batch", "side", "steps", "devices", "nodes", "folds")
         self.check((*counts, "validation_patches", "report_every", "checkpoint_every"), lambda v: v >= 1, "1 or more")
         self.check(("batch",), lambda v: not v % self.ranks, f"a multiple of the {self.ranks} processes")
+        self.check(("validation_patches",), lambda v: v >= self.ranks, f"at least the {self.ranks} processes")
 
     @property
     def ranks(self) -> int:
