@@ -10,9 +10,10 @@ import hashlib
 import logging
 import operator
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.utils.data import Dataset, get_worker_info
 from synthlong.dataset.index import Index, found_files, write_index
 from synthlong.dataset.reader import IMAGES, MASKS, SCHEMA, VOLUMES, Layout, ShardReader
 from synthlong.dataset.writer import Sample, canonical_json, encode_shard, publish, shard_path, write_shard
-from synthlong.errors import ConfigError, InputError, ShardCorruptError
+from synthlong.errors import ConfigError, InputError, InputWarning, ShardCorruptError
 
 __all__ = [
     "IMAGES",
@@ -134,8 +135,11 @@ class ShardDataset(Dataset[dict[str, Any]]):
             from synthlong.recipe import Recipe
 
             recipe = sample.get("recipe") or self._reader(shard).recipe(position)
-            with suppress(ConfigError):  # a recipe of another version
+            try:
                 tell_affine(sample, Recipe.from_json(recipe).affine)
+            except ConfigError:  # of another version
+                text = f"{self.out.name}: its recipes are of another version; transforms take images for RAS, 1 mm"
+                warnings.warn(text, InputWarning, stacklevel=2)
         if self.seed is None:
             return self.transform(sample)
         with seeded(self.seed, int(self._epoch), int(self._shards["first"][shard]) + position):
