@@ -22,8 +22,9 @@ from torch.nn import functional as F
 
 from synthlong.case import Case
 from synthlong.dataset.plan import bundled_cases
-from synthlong.detection.inference import probability_map, read_detectors, window_of
+from synthlong.detection.inference import read_detectors
 from synthlong.detection.networks import ConcatUNet, LongitudinalUNet, SiameseUNet
+from synthlong.detection.sliding import probability_map, window_of
 from synthlong.errors import InputWarning
 from synthlong.manifest import read_cases
 from synthlong.tissue import WHITE

@@ -52,7 +52,7 @@ def detect(
 
     import torch
 
-    from synthlong.detection import inference
+    from synthlong.detection import inference, sliding
     from synthlong.detection.findings import check_places, write_findings
     from synthlong.detection.visits import read_visits
     from synthlong.networks import check_device
@@ -71,7 +71,7 @@ def detect(
     check_device(device)
     paths = weights or [inference.shipped_detector()]
     networks = inference.read_detectors(paths)
-    window = inference.window_of(networks, window)
+    window = sliding.window_of(networks, window)
     if threads:
         torch.set_num_threads(threads)
     with progress_bar() as show:

@@ -1,5 +1,4 @@
 import copy
-import json
 from dataclasses import replace
 from itertools import product
 
@@ -7,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from synthlong.detection import ConcatUNet, SiameseUNet, detect, inference
-from synthlong.detection.inference import probability_map
+from synthlong.detection import ConcatUNet, SiameseUNet, detect, inference, sliding
+from synthlong.detection.sliding import probability_map
 from synthlong.errors import ConfigError, InputError
 from synthlong.networks import UNetConfig
 
@@ -168,21 +167,21 @@ def test_neither_threads_nor_other_windows_change_a_bit(kind, precision, network
 @pytest.mark.parametrize("kind", KINDS)
 def test_auto_gives_the_mask_of_float32(kind, networks, visits, monkeypatch):
     exact, fast = (slide([networks[kind]], visits, precision=p) for p in ("float32", "bf16"))
-    assert 0 < np.abs(exact - fast).max() < inference._BF16_ERROR
-    monkeypatch.setattr(inference, "default_precision", lambda device: "bf16")
+    assert 0 < np.abs(exact - fast).max() < sliding._BF16_ERROR
+    monkeypatch.setattr(sliding, "default_precision", lambda device: "bf16")
     for threshold in (0.3, 0.5, 0.8):
         auto = slide([networks[kind]], visits, precision="auto", threshold=threshold)
         assert np.array_equal(auto > threshold, exact > threshold)
-        assert np.array_equal(auto, np.where(fast >= threshold - inference._BF16_ERROR, exact, fast))
+        assert np.array_equal(auto, np.where(fast >= threshold - sliding._BF16_ERROR, exact, fast))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_auto_is_float32_where_bf16_is_no_help(kind, networks, visits, monkeypatch):
     exact = slide([networks[kind]], visits, precision="float32")
-    monkeypatch.setattr(inference, "default_precision", lambda device: "float32")
+    monkeypatch.setattr(sliding, "default_precision", lambda device: "float32")
     assert np.array_equal(slide([networks[kind]], visits, precision="auto"), exact)
-    monkeypatch.setattr(inference, "default_precision", lambda device: "bf16")
-    monkeypatch.setattr(inference, "_BF16_ERROR", 1e-4)  # less than what it is
+    monkeypatch.setattr(sliding, "default_precision", lambda device: "bf16")
+    monkeypatch.setattr(sliding, "_BF16_ERROR", 1e-4)  # less than what it is
     assert np.array_equal(slide([networks[kind]], visits, precision="auto"), exact)
     unlikely = slide([networks[kind]], visits, precision="auto", threshold=0.99)
     assert np.array_equal(unlikely, exact)
@@ -203,7 +202,7 @@ def test_group_norms_of_large_windows_are_exact():
     with torch.no_grad():
         torch.nn.init.normal_(norm.weight)
         torch.nn.init.normal_(norm.bias)
-        found = inference._Norm(norm)(x.to(memory_format=torch.channels_last_3d))
+        found = sliding._Norm(norm)(x.to(memory_format=torch.channels_last_3d))
         torch.testing.assert_close(found, norm.double()(x.double()).float(), rtol=1e-5, atol=1e-5)
 
 
@@ -247,15 +246,12 @@ def test_lesions_are_listed():
     assert found.mask.dtype == np.uint8
     assert found.mask.sum() == 14
     assert not found.mask[3, 4].any()
-    told = json.loads(json.dumps(found.as_dict()))
-    assert (told["new_lesions"], told["volume_mm3"]) == (2, 14.0)
-    assert told["lesions"][1]["centre_mm"] == [-81.0, -116.0, -59.5]
     every = inference._detection(probability, affine, threshold=0.5, min_volume_mm3=0)
     assert [lesion.voxels for lesion in every.lesions] == [8, 6, 3, 1]
     coarse = inference._detection(probability, affine @ np.diag([2, 1, 1, 1]), threshold=0.5, min_volume_mm3=3.0)
     assert [lesion.volume_mm3 for lesion in coarse.lesions] == [16.0, 12.0, 6.0]
     none = inference._detection(probability, affine, threshold=0.95, min_volume_mm3=3.0)
-    assert none.as_dict() == {"new_lesions": 0, "volume_mm3": 0, "lesions": []}
+    assert none.lesions == ()
     assert not none.mask.any()
 
 
