@@ -15,7 +15,7 @@ def atlas(
     prefer: Prefer = typer.Option(None, help="Which of two disagreeing orientations to use."),
 ) -> None:
     """Build a lesion prior; several masks of one `sub-ID` count as one patient."""
-    from synthlong.atlas import patient_in, write_prior
+    from synthlong.prior import patient_in, write_prior
 
     write_prior(masks, out, prefer=prefer.value if prefer else None)
     typer.echo(f"{out.name}: prior of {len(masks)} masks of {len({patient_in(mask) for mask in masks})} patients")

@@ -4,10 +4,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from synthlong import atlas
-from synthlong.atlas import MNI_SHAPE, build_prior, lesion_prior, mirror, mni_affine, sample_map, tissue_maps
+from synthlong import atlas, prior
+from synthlong.atlas import MNI_SHAPE, lesion_prior, mirror, mni_affine, sample_map, tissue_maps
 from synthlong.errors import ConfigError, InputError
 from synthlong.nifti import write_nifti
+from synthlong.prior import build_prior
 
 ASSETS = atlas.ASSETS
 
@@ -136,9 +137,9 @@ def test_weights_are_by_patient_against_a_plain_computation():
 
 def test_smoothing_is_a_gaussian_of_that_width():
     mask = box((91, 109, 91), (92, 110, 92))
-    prior = build_prior([("a", mask)], fwhm_mm=8, symmetric=False)
-    assert np.isclose(prior.sum(), 1, rtol=1e-3)
-    assert np.isclose(prior[91 + 4, 109, 91] / prior[91, 109, 91], 0.5, atol=1e-3)
+    made = build_prior([("a", mask)], fwhm_mm=8, symmetric=False)
+    assert np.isclose(made.sum(), 1, rtol=1e-3)
+    assert np.isclose(made[91 + 4, 109, 91] / made[91, 109, 91], 0.5, atol=1e-3)
     assert mask.sum() == 1
 
 
@@ -158,11 +159,11 @@ def test_what_cannot_be_built_is_named(masks, options, problem):
 
 def test_floor_keeps_the_brain_possible_and_the_mean(brain):
     frequency = build_prior([("a", world_box((20, -30, 20), (30, -20, 30)))], fwhm_mm=4, symmetric=False)
-    mixed = atlas.with_floor(frequency, floor=0.1)
+    mixed = prior.with_floor(frequency, floor=0.1)
     assert (mixed[brain] > 0).all()
     assert np.isclose(mixed[brain].mean(dtype=float), frequency[brain].mean(dtype=float), rtol=1e-3)
     at = brain & (frequency > 0)
-    assert np.array_equal(atlas.with_floor(frequency, floor=0)[at], frequency[at])
+    assert np.array_equal(prior.with_floor(frequency, floor=0)[at], frequency[at])
 
 
 def test_held_out_likelihood_against_a_plain_computation(brain):
@@ -170,7 +171,7 @@ def test_held_out_likelihood_against_a_plain_computation(brain):
     visits = [("a", 0), ("a", 3), ("b", 5), ("c", -4)]
     masks = [(s, world_box((18 + d, -30 + d, 20), (28 + d, -20 + d, 28 + d))) for s, d in visits]
     published = rng.random(MNI_SHAPE, dtype=np.float32) * 0.1
-    got = atlas.held_out_log_likelihood(masks, background=(published, 2), fwhm_mm=3, symmetric=True, floor=0.2)
+    got = prior.held_out_log_likelihood(masks, background=(published, 2), fwhm_mm=3, symmetric=True, floor=0.2)
     expected = {}
     for held in "abc":
         others = [(s, m) for s, m in masks if s != held]
@@ -184,7 +185,7 @@ def test_held_out_likelihood_against_a_plain_computation(brain):
     assert np.isclose(got.mean, values.mean(), atol=1e-3)
     assert np.isclose(got.sem, values.std(ddof=1) / np.sqrt(3), atol=1e-3)
     assert got.outside == 0
-    uniform = atlas.held_out_log_likelihood(masks, use_masks=False, floor=1.0)
+    uniform = prior.held_out_log_likelihood(masks, use_masks=False, floor=1.0)
     assert np.isclose(uniform.mean, -np.log(brain.sum()))
     assert uniform.mean < got.mean
 
@@ -255,18 +256,18 @@ def test_write_prior_takes_any_orientation_and_voxel_size(tmp_path):
     coarse[20:24, 10:15, 15:20] = 3  # world centres: z 20..26, x 30..22, y -30..-22
     two = nifti(tmp_path / "other.nii.gz", coarse, affine)
     out = tmp_path / "prior.nii.gz"
-    frequency = atlas.write_prior([one, two], out, fwhm_mm=0.0, symmetric=False)
+    frequency = prior.write_prior([one, two], out, fwhm_mm=0.0, symmetric=False)
     written = nib.load(out)
     assert np.array_equal(written.affine, mni_affine())
     assert written.get_data_dtype() == np.float32
     assert np.array_equal(written.get_fdata(dtype=np.float32), frequency)
-    plain = atlas.with_floor(build_prior([("1", first)], fwhm_mm=0, symmetric=False))
+    plain = prior.with_floor(build_prior([("1", first)], fwhm_mm=0, symmetric=False))
     mean = frequency.min(where=frequency > 0, initial=1)
     assert plain.max() > 0.9
     both = world_box((22, -30, 20), (29, -22, 26))  # where both masks have a lesion, on whole-voxel centres
-    assert np.allclose(frequency[both], (1 - atlas.FLOOR) + mean, atol=1e-4)
+    assert np.allclose(frequency[both], (1 - prior.FLOOR) + mean, atol=1e-4)
     only_first = world_box((20, -30, 27), (20, -30, 27))
-    assert np.allclose(frequency[only_first], (1 - atlas.FLOOR) / 2 + mean, atol=1e-4)
+    assert np.allclose(frequency[only_first], (1 - prior.FLOOR) / 2 + mean, atol=1e-4)
     again, affine = lesion_prior(out)
     assert np.array_equal(again, frequency)
     assert np.array_equal(affine, mni_affine())
@@ -278,7 +279,7 @@ def test_visits_of_one_patient_count_once(tmp_path):
     here, there = world_box((20, -30, 20), (29, -21, 27)), world_box((-29, -30, 20), (-20, -21, 27))
     names = {"sub-7_ses-1.nii.gz": here, "sub-7_ses-2.nii.gz": here, "sub-8.nii.gz": there}
     paths = [nifti(tmp_path / n, m[::-1].astype(np.uint8), las) for n, m in names.items()]
-    frequency = atlas.write_prior(paths, tmp_path / "p.nii", fwhm_mm=0.0, symmetric=False)
+    frequency = prior.write_prior(paths, tmp_path / "p.nii", fwhm_mm=0.0, symmetric=False)
     assert np.isclose(frequency[here].mean(), frequency[there].mean())
 
 
@@ -303,7 +304,7 @@ def test_unusable_files_are_named(tmp_path):
     with pytest.raises(InputError, match="no positive value on the MNI152 grid"):
         lesion_prior(away)
     with pytest.raises(InputError, match="no lesion on the MNI152 grid"):
-        atlas.write_prior([away], tmp_path / "out.nii")
+        prior.write_prior([away], tmp_path / "out.nii")
     with pytest.raises(InputError, match="missing"):
         lesion_prior(tmp_path / "missing.nii")
     assert not (tmp_path / "out.nii").exists()
@@ -354,15 +355,15 @@ def test_what_is_no_lesion_mask_makes_no_prior(tmp_path):
     affine = atlas.mni_affine() @ np.diag([2, 2, 2, 1])
     write_nifti(tmp_path / "flair.nii", scan, affine)
     with pytest.raises(InputError, match=r"flair.nii: not a binary mask"):
-        atlas.write_prior([tmp_path / "flair.nii"], tmp_path / "p.nii")
+        prior.write_prior([tmp_path / "flair.nii"], tmp_path / "p.nii")
     write_nifti(tmp_path / "brain.nii", (scan > 0).astype(np.uint8), affine)
     with pytest.raises(InputError, match=r"brain.nii: covers 768 ml, like a brain mask"):
-        atlas.write_prior([tmp_path / "brain.nii"], tmp_path / "p.nii")
+        prior.write_prior([tmp_path / "brain.nii"], tmp_path / "p.nii")
     small = (scan > 1.9).astype(np.uint8)
     write_nifti(tmp_path / "mask.nii", small, affine)
     before = (tmp_path / "mask.nii").read_bytes()
     for out, said in (("mask.nii", "is one of the masks"), ("p.npz", "is written as .nii.gz")):
         with pytest.raises(ConfigError, match=said):
-            atlas.write_prior([tmp_path / "mask.nii"], tmp_path / out)
+            prior.write_prior([tmp_path / "mask.nii"], tmp_path / out)
     assert (tmp_path / "mask.nii").read_bytes() == before
     assert not (tmp_path / "p.npz").exists()

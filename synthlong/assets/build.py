@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from synthlong import atlas
+from synthlong import atlas, prior
 from synthlong.nifti import read_nifti
 
 CASES = ("cs07", "cs19")
@@ -53,9 +53,9 @@ def build_tissue(out: Path) -> None:
 
 def build_prior(data: Path, out: Path) -> None:
     """Build the shipped lesion frequency and store the logarithm of its left half in 8 bits."""
-    frequency = atlas.build_prior(_masks(data), background=(_csim(data), CSIM_WEIGHT))
-    coded = atlas.encode_log(atlas.with_floor(frequency))
-    if atlas.SYMMETRIC:
+    frequency = prior.build_prior(_masks(data), background=(_csim(data), CSIM_WEIGHT))
+    coded = atlas.encode_log(prior.with_floor(frequency))
+    if prior.SYMMETRIC:
         coded = coded[:92]
     np.savez_compressed(out / "prior.npz", frequency=coded)
 
@@ -67,7 +67,7 @@ def score_priors(data: Path) -> None:
     print("|---|---|---|---|---|---|---|---|")
 
     def row(sources: str, fwhm: float, both: bool, floor: float = 0.05, weight: float = CSIM_PATIENTS) -> None:
-        score = atlas.held_out_log_likelihood(
+        score = prior.held_out_log_likelihood(
             masks,
             use_masks="masks" in sources,
             background=(csim, weight) if "csim" in sources else None,
@@ -86,15 +86,15 @@ def score_priors(data: Path) -> None:
             for sources in ("csim", "masks", "masks + csim"):
                 row(sources, fwhm, both)
     for weight in (5.0, 10.0, 20.0):
-        row(f"masks + csim as {weight:g} patients", atlas.FWHM_MM, True, weight=weight)
+        row(f"masks + csim as {weight:g} patients", prior.FWHM_MM, True, weight=weight)
     for floor in (0.005, 0.02, 0.1):
-        row(f"masks + csim as {CSIM_WEIGHT:g} patients", atlas.FWHM_MM, True, floor, CSIM_WEIGHT)
+        row(f"masks + csim as {CSIM_WEIGHT:g} patients", prior.FWHM_MM, True, floor, CSIM_WEIGHT)
 
 
 def _masks(data: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
     found = sorted(data.glob("open_ms/cross_sectional/*_desc-lesions_mask.nii.gz"))
     found += sorted(data.glob("mslesseg/*_desc-lesions_mask.nii.gz"))
-    return map(atlas.read_mask, found)
+    return map(prior.read_mask, found)
 
 
 def _csim(data: Path) -> NDArray[np.float32]:

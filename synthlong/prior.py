@@ -1,0 +1,255 @@
+"""Building the lesion prior: from masks of patients, and a published map.
+
+It is the *lesion frequency* f(x): the share of patients who have a lesion at voxel x. With the mean mask m_p(x) of
+patient p over that patient's visits, and a map b(x) published from B patients,
+
+    f = R( G_fwhm * (sum_p m_p + B b) / (P + B) ),
+
+where G is a Gaussian and R averages f with its left-right mirror. What is drawn from is the density
+(1 - e) f / sum(f) + e / n over the n brain voxels: the floor e keeps every place possible. `fwhm_mm`, R and
+the sources were chosen by `held_out_log_likelihood`; the figures are in `assets/prior.md`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from synthlong.atlas import MNI_SHAPE, Array, mirror, mni_affine, sample_map, tissue_maps
+from synthlong.errors import ConfigError, InputError, short
+from synthlong.mask import check_binary
+from synthlong.nifti import read_nifti, write_nifti
+
+__all__ = [
+    "FLOOR",
+    "FWHM_MM",
+    "SYMMETRIC",
+    "HeldOut",
+    "build_prior",
+    "held_out_log_likelihood",
+    "patient_in",
+    "read_mask",
+    "with_floor",
+    "write_prior",
+]
+
+Subjects = Iterable[tuple[str, NDArray]]
+
+FWHM_MM = 6.0
+SYMMETRIC = True
+FLOOR = 0.02
+_RIM_MM = 3.0
+_MOST_LESIONS_ML = 500
+_FWHM_PER_SD = float(np.sqrt(8 * np.log(2)))
+
+
+def build_prior(
+    masks: Subjects,
+    *,
+    background: tuple[NDArray, float] | None = None,
+    fwhm_mm: float = FWHM_MM,
+    symmetric: bool = SYMMETRIC,
+) -> Array:
+    """Return the smoothed lesion frequency over patients.
+
+    Args:
+        masks: `(subject, mask)` pairs on the MNI grid, RAS+, values 0 to 1; may be empty when there is a
+            background. Masks of one subject (visits) are averaged before they count.
+        background: A published frequency on the MNI grid and the number of patients behind it, its weight.
+        fwhm_mm: Full width at half maximum of the Gaussian, >= 0; 0 does not smooth.
+        symmetric: Average with the exact left-right mirror.
+
+    Returns:
+        float32 `(182, 218, 182)`, 0 to 1.
+
+    Raises:
+        ConfigError: A mask of another shape, no mask and no background, a negative width.
+    """
+    if not fwhm_mm >= 0:
+        raise ConfigError(f"fwhm_mm is {fwhm_mm}; it must be 0 or more")
+    means = _patient_means(masks)
+    total, patients = np.zeros(MNI_SHAPE, np.float32), float(len(means))
+    for mean in means.values():
+        total += mean
+    if background is not None:
+        total += np.float32(background[1]) * np.asarray(background[0], np.float32)
+        patients += background[1]
+    if patients <= 0:
+        raise ConfigError("a lesion prior needs at least one mask")
+    return np.clip(_smooth(total / np.float32(patients), fwhm_mm, symmetric), 0, 1)
+
+
+def with_floor(frequency: Array, *, floor: float = FLOOR) -> Array:
+    """Mix a frequency with its mean over the brain, so that no place in the brain is impossible.
+
+    Args:
+        frequency: Lesion frequency on the MNI grid.
+        floor: Share of the even part, 0 to 1; 0 only cuts.
+
+    Returns:
+        `(1 - floor) f + floor mean(f)` in the template's brain and a 3 mm rim around it, 0 beyond.
+    """
+    brain, rim = _brain_and_rim()
+    mean = np.float32(floor * frequency[brain].mean(dtype=np.float64))
+    return np.where(rim, np.float32(1 - floor) * frequency + mean, np.float32(0))
+
+
+class HeldOut(NamedTuple):
+    """Log-likelihood (nats) per lesion voxel of patients that the prior has not seen."""
+
+    mean: float
+    sem: float
+    per_patient: dict[str, float]
+    outside: float
+    """Share of all lesion voxels that lie outside the brain; they do not count."""
+
+
+def held_out_log_likelihood(
+    masks: Subjects,
+    *,
+    use_masks: bool = True,
+    background: tuple[NDArray, float] | None = None,
+    fwhm_mm: float = FWHM_MM,
+    symmetric: bool = SYMMETRIC,
+    floor: float = FLOOR,
+) -> HeldOut:
+    """Score a way of building the prior, leaving out one patient at a time.
+
+    The prior from the other patients (and the background) becomes a density over the n voxels of the
+    template's brain, (1 - floor) f / sum(f) + floor / n. A patient's score is the mean logarithm of it over
+    the voxels of the patient's own mask (weighted by the share of visits that mark the voxel).
+
+    Args:
+        masks: As for `build_prior`.
+        use_masks: False scores the background alone, or without one the uniform density.
+        background: As for `build_prior`; its patients are never left out.
+        fwhm_mm: As for `build_prior`.
+        symmetric: As for `build_prior`.
+        floor: Share of the density that is spread evenly over the brain, in (0, 1]; 1 is uniform.
+    """
+    means = _patient_means(masks)
+    brain, _ = _brain_and_rim()
+    total = np.zeros(MNI_SHAPE, np.float32)
+    if background is not None:
+        weighted = np.float32(background[1]) * np.asarray(background[0], np.float32)
+        total += _smooth(weighted, fwhm_mm, symmetric)
+    smooth = {s: _smooth(m, fwhm_mm, symmetric)[brain] for s, m in means.items()} if use_masks else {}
+    everyone = total[brain] + sum(smooth.values(), np.zeros(1, np.float32))
+    scores, lost, count = {}, 0.0, 0.0
+    for subject, mean in means.items():
+        frequency = np.maximum(everyone - smooth.get(subject, np.float32(0)), 0).astype(np.float64)
+        density = np.full(frequency.size, floor / frequency.size)
+        if (mass := frequency.sum()) > 0:
+            density += (1 - floor) * frequency / mass
+        else:
+            density /= floor
+        weight = mean[brain]
+        scores[subject] = float(weight @ np.log(density) / weight.sum())
+        count, lost = count + float(mean.sum()), lost + float(mean[~brain].sum())
+    values = np.array(list(scores.values()))
+    return HeldOut(float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))), scores, lost / count)
+
+
+def write_prior(
+    masks: Sequence[str | Path],
+    out: str | Path,
+    *,
+    fwhm_mm: float = FWHM_MM,
+    symmetric: bool = SYMMETRIC,
+    prefer: str | None = None,
+) -> Array:
+    """Build a lesion prior from mask files in MNI152 space and write it as NIfTI.
+
+    Masks may have any orientation and voxel size; they are resampled linearly onto the MNI grid. Files whose
+    names share a `sub-XX` prefix are visits of one patient; any other file is a patient of its own.
+
+    Args:
+        masks: Paths of the masks; a voxel above 0 is lesion.
+        out: The NIfTI file to write, float32 lesion frequency.
+        fwhm_mm: As for `build_prior`.
+        symmetric: As for `build_prior`.
+        prefer: "sform" or "qform" where a mask's two disagree.
+
+    Returns:
+        The frequency that was written.
+
+    Raises:
+        InputError: A mask is unreadable, no lesion mask, or has no lesion on the MNI grid.
+        ConfigError: No masks, or `out` is one of them or no name of a NIfTI file.
+    """
+    out = Path(out)
+    if not out.name.endswith((".nii", ".nii.gz")):
+        raise ConfigError(f"{short(out)}: a prior is written as .nii.gz")
+    if any(Path(mask).resolve() == out.resolve() for mask in masks):
+        raise ConfigError(f"{short(out)}: is one of the masks; choose another name for the prior")
+    read = partial(read_mask, prefer=prefer)
+    frequency = with_floor(build_prior(map(read, masks), fwhm_mm=fwhm_mm, symmetric=symmetric))
+    write_nifti(out, frequency, mni_affine())
+    return frequency
+
+
+def read_mask(path: str | Path, *, prefer: str | None = None) -> tuple[str, Array]:
+    """Read a lesion mask in MNI152 space onto the MNI grid (linear, so 0 to 1).
+
+    Args:
+        path: The mask, any orientation and voxel size: 0 and one other value, a positive one.
+        prefer: "sform" or "qform" where the two disagree.
+
+    Returns:
+        `(subject, mask)`; see `patient_in` for the subject.
+
+    Raises:
+        InputError: The mask is unreadable, not binary, as large as a brain, or has no lesion on the MNI grid.
+    """
+    volume = read_nifti(path, prefer=prefer)
+    check_binary(volume)
+    volume_ml = np.count_nonzero(volume.data) * volume.voxel_mm3 / 1000
+    if volume_ml > _MOST_LESIONS_ML:
+        raise InputError(path, f"covers {volume_ml:.0f} ml, like a brain mask", "give lesion masks")
+    mask = sample_map(volume.data > 0, volume.affine, MNI_SHAPE, mni_affine())
+    if not mask.any():
+        raise InputError(path, "no lesion on the MNI152 grid", "give lesion masks in MNI152 space")
+    return patient_in(path), mask
+
+
+def patient_in(path: str | Path) -> str:
+    """Return whose a mask is: the `sub-XX` that its name begins with, else the path."""
+    found = re.match(r"sub-[^_.]+", Path(path).name)
+    return found.group() if found else str(path)
+
+
+@lru_cache(maxsize=1)
+def _brain_and_rim() -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return the template's brain, and it with the voxels up to `_RIM_MM` outside it."""
+    csf, gm, wm = tissue_maps()
+    brain = csf + gm + wm > 0
+    return brain, ndimage.distance_transform_edt(~brain) <= _RIM_MM
+
+
+def _patient_means(masks: Subjects) -> Mapping[str, Array]:
+    """Return each subject's mean mask over visits."""
+    sums: dict[str, Array] = {}
+    visits: dict[str, int] = {}
+    for subject, mask in masks:
+        if mask.shape != MNI_SHAPE:
+            raise ConfigError(f"the mask of {subject} has shape {mask.shape}; the MNI grid is {MNI_SHAPE}")
+        if subject in sums:
+            sums[subject] += mask
+        else:
+            sums[subject] = np.array(mask, np.float32)
+        visits[subject] = visits.get(subject, 0) + 1
+    return {subject: total / np.float32(visits[subject]) for subject, total in sums.items()}
+
+
+def _smooth(values: Array, fwhm_mm: float, symmetric: bool) -> Array:
+    """Smooth by a Gaussian (cut at 4 SD, 1 mm voxels) and average with the mirror."""
+    if fwhm_mm > 0:
+        values = ndimage.gaussian_filter(values, fwhm_mm / _FWHM_PER_SD, mode="constant")
+    return (values + mirror(values)) / np.float32(2) if symmetric else values
