@@ -18,11 +18,11 @@ from synthlong.inpainting import Inpainter, heal
 from synthlong.manifest import find_cases
 from synthlong.networks import default_precision
 from synthlong.nifti import read_nifti, write_nifti
-from synthlong.preparation import PreparationConfig, Scan, prepare, registration, run, subject, to_native
+from synthlong.preparation import PreparationConfig, Scan, prepare, registration, run, to_native, visit
 from synthlong.preparation.derivatives import file_name, read_native, read_record
 from synthlong.preparation.quality import correlation, snr_of
 from synthlong.preparation.registration import MNI, mni_brain
-from synthlong.preparation.subject import Record
+from synthlong.preparation.visit import Record, above_zero
 from synthlong.preparation.ways import read_way, way_text
 from synthlong.resampling import Grid, resample
 from tests.raw_pair import RAW, carried, grid_of, write_raw_pair
@@ -291,8 +291,8 @@ def no_work(here, monkeypatch):
     def forbidden(*_, **__):
         raise AssertionError("the work began")
 
-    monkeypatch.setattr(subject, "brain_mask", forbidden)
-    monkeypatch.setattr(subject, "_cleaned", forbidden)
+    monkeypatch.setattr(visit, "brain_mask", forbidden)
+    monkeypatch.setattr(visit, "_cleaned", forbidden)
 
 
 @pytest.fixture
@@ -362,9 +362,9 @@ def test_z_scored_scans_have_the_noise_that_they_had(real_case):
     scan = real_case.flair * 300
     values = scan[brain]
     scored = np.where(brain, (scan - values.mean()) / values.std(), 0).astype(np.float32)
-    plain, shifted = (snr_of(subject._above_zero(x, brain), brain) for x in (scan, scored))
+    plain, shifted = (snr_of(above_zero(x, brain), brain) for x in (scan, scored))
     assert shifted == pytest.approx(plain, rel=0.3)
-    assert subject._above_zero(scan, brain) is scan
+    assert above_zero(scan, brain) is scan
 
 
 # --- what is there already
