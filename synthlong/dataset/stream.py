@@ -24,7 +24,8 @@ from synthlong.dataset.cases import check_assets, synthesis_of
 from synthlong.dataset.plan import asset_hashes
 from synthlong.dataset.prepared import PreparedCases, plain_hash
 from synthlong.dataset.shards import IMAGES, VOLUMES, seeded, tell_affine
-from synthlong.errors import ConfigError, SynthlongError
+from synthlong.dataset.writer import image_as_stored
+from synthlong.errors import ConfigError
 from synthlong.inpainting import Inpainter, heal
 from synthlong.lesions import LesionBank
 from synthlong.manifest import CaseFiles
@@ -282,11 +283,6 @@ class PairLoader(DataLoader[Any]):
 
 def _tensor(volume: NDArray[Any], key: str, index: int, case: str) -> torch.Tensor:
     """Return a volume as `ShardDataset` returns it."""
-    if key not in IMAGES:
-        return torch.from_numpy(volume[None])
-    with np.errstate(over="ignore"):
-        volume = volume.astype(VOLUMES[key])
-    if not np.isfinite(volume).all():
-        problem = f"{key} holds NaN or values beyond float16 (65504)"
-        raise SynthlongError(f"pair {index} ({case}): {problem}; check the scan with `synthlong check`")
-    return torch.from_numpy(volume.astype(np.float32)[None])
+    if key in IMAGES:
+        volume = image_as_stored(volume, f"pair {index} ({case}): {key}").astype(np.float32)
+    return torch.from_numpy(volume[None])

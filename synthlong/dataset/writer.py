@@ -34,6 +34,7 @@ __all__ = [
     "canonical_json",
     "check_place",
     "encode_shard",
+    "image_as_stored",
     "make_place",
     "publish",
     "shard_name",
@@ -244,17 +245,27 @@ def _stored(sample: Sample, side: int, index: int) -> dict[str, NDArray[Any]]:
         fitting = array.dtype.kind == "f" if name in IMAGES else array.dtype in (np.bool_, np.uint8)
         if not fitting or side < 1 or array.shape != (side, side, side):
             raise ValueError(f"pair {index}: {name} is {array.dtype} {array.shape}, side {side}")
-        with np.errstate(over="ignore"):
-            arrays[name] = np.ascontiguousarray(array, dtype)
         if name in IMAGES:
-            if not np.isfinite(arrays[name]).all():
-                raise SynthlongError(
-                    f"pair {index} ({sample.subject}): {name} holds NaN or values beyond float16 (65504); "
-                    "check the scan with `synthlong check`"
-                )
-        elif arrays[name].max() > _HIGHEST[name]:
+            arrays[name] = image_as_stored(array, f"pair {index} ({sample.subject}): {name}")
+            continue
+        arrays[name] = np.ascontiguousarray(array, dtype)
+        if arrays[name].max() > _HIGHEST[name]:
             raise ValueError(f"pair {index}: {name} holds values above {_HIGHEST[name]}")
     return arrays
+
+
+def image_as_stored(image: NDArray, called: str) -> NDArray[np.float16]:
+    """Return an image as float16.
+
+    Raises:
+        SynthlongError: A value that is not finite then; names the image as `called`.
+    """
+    with np.errstate(over="ignore"):
+        stored = np.ascontiguousarray(image, np.float16)
+    if not np.isfinite(stored).all():
+        problem = "holds NaN or values beyond float16 (65504); check the scan with `synthlong check`"
+        raise SynthlongError(f"{called} {problem}")
+    return stored
 
 
 def _create(
