@@ -31,10 +31,12 @@ from synthlong.tissue import CSF, classify_tissue, fitted_tissue_maps
 __all__ = [
     "BRAIN_MODE",
     "Case",
+    "mode_as_source",
     "mode_of",
     "patient_of",
     "read_case",
     "read_lesions",
+    "stated_mode",
 ]
 
 BRAIN_MODE = "BrainMode"
@@ -59,7 +61,7 @@ class Case:
         native: Grid of the scan before `synthlong prepare`, and the way there; None if it was not prepared.
         scan_mean: Mean of the scan over its whole grid, in its own units.
         scan_sd: Standard deviation of the scan over its whole grid, in its own units.
-        sources: SHA-256 of each file that was read, by role.
+        sources: SHA-256 of each file that was read, by role; and the `BrainMode` that was stated, if so.
         derived: Results worked out from the arrays, by the parameters they depend on.
     """
 
@@ -141,7 +143,7 @@ def read_case(
         labels = grid.resample_labels(extra["tissue"].data)
     inside = np.zeros_like(brain_mask) if lesion is None else clip_to_brain(lesion, brain_mask)
     scan_mean, scan_sd = float(raw.mean(dtype=np.float64)), float(raw.std(dtype=np.float64))
-    mode = _stated_mode(flair)
+    stated = mode = stated_mode(flair)
     clean = _without_negatives(raw, brain_mask, flair) if mode is None else np.where(brain_mask, np.maximum(raw, 0), 0)
     values = grid.resample(clean)
     brain_mask, inside = grid.resample_mask(brain_mask), grid.carry_lesions(inside)
@@ -180,7 +182,7 @@ def read_case(
         affine=grid.affine,
         scan_mean=scan_mean,
         scan_sd=scan_sd,
-        sources={role: volume.sha256 for role, volume in read.items()},
+        sources={**{role: volume.sha256 for role, volume in read.items()}, **mode_as_source(stated)},
     )
 
 
@@ -223,7 +225,12 @@ def _without_negatives(raw: NDArray, brain: NDArray[np.bool_], path: Path) -> ND
     return np.where(brain, np.maximum(raw - shift, 0), 0).astype(np.float32)
 
 
-def _stated_mode(path: Path) -> float | None:
+def mode_as_source(mode: float | None) -> dict[str, str]:
+    """Return what `Case.sources` has of a stated mode: it decides the case as the files do."""
+    return {} if mode is None else {BRAIN_MODE: repr(mode)}
+
+
+def stated_mode(path: Path) -> float | None:
     """Return the mode of brain tissue that the JSON beside a scan states, in the scan's units; None if it does not."""
     try:
         mode = json.loads(sidecar_of(path).read_bytes()).get(BRAIN_MODE)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from synthlong.case import Case, patient_of, read_case
+from synthlong.case import Case, mode_as_source, patient_of, read_case, stated_mode
 from synthlong.errors import InputError, InputWarning, short
 from synthlong.preparation.derivatives import read_native, read_record
 
@@ -78,10 +78,11 @@ class CaseFiles:
         """
         paths = {role: getattr(self, role) for role in (*_NEEDED, *_OPTIONAL)}
         try:
-            return {r: hashlib.sha256(p.read_bytes()).hexdigest() for r, p in paths.items() if p is not None}
+            sums = {r: hashlib.sha256(p.read_bytes()).hexdigest() for r, p in paths.items() if p is not None}
         except OSError as error:
             problem = f"cannot be read ({error.strerror})"
             raise InputError(error.filename or self.flair, problem, "check the path and the permissions") from error
+        return {**sums, **mode_as_source(stated_mode(self.flair))}
 
     @property
     def patient(self) -> str:

@@ -1,3 +1,4 @@
+import json
 import warnings
 
 import numpy as np
@@ -291,6 +292,22 @@ def test_cases_are_read_one_by_one(folder, small_case, write_volume):
     assert set(second.sources) == {"flair", "mask", "t1"}
     assert np.array_equal(first.flair, second.flair)
     assert next(cases, None) is None
+
+
+@pytest.mark.filterwarnings("ignore:.*looks like no FLAIR")
+def test_a_stated_gray_scale_is_one_of_the_sources(folder, small_case, write_volume):
+    """It decides what the case is, so a run that began with another must notice."""
+    write_volume(folder / "a.nii", small_case.flair, small_case.affine)
+    write_volume(folder / "m.nii", small_case.lesions, small_case.affine)
+    (files,) = find_cases(manifest(folder, "subject,flair,mask\np,a.nii,m.nii\n"))
+    assert files.hashes() == files.read().sources
+    assert files.hashes().keys() == {"flair", "mask"}
+    found = []
+    for mode in (1.0, 1.25):
+        (folder / "a.json").write_text(json.dumps({"BrainMode": mode}))
+        found.append(files.hashes())
+        assert found[-1] == files.read().sources
+    assert found[0] != found[1]
 
 
 def test_the_bundled_manifest_lists_both_cases():

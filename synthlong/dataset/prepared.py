@@ -139,8 +139,10 @@ def _read(files: CaseFiles, sources: dict[str, str]) -> Case:
     """Read a case whose files are still those that were hashed."""
     case = files.read()
     for role, sha256 in sources.items():
-        if case.sources[role] != sha256:
-            raise InputError(getattr(files, role), "was changed while the cases were prepared", "make the stream anew")
+        if case.sources.get(role) != sha256:
+            raise InputError(
+                getattr(files, role, files.flair), "was changed while the cases were prepared", "make the stream anew"
+            )
     return case
 
 
