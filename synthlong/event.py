@@ -14,7 +14,7 @@ from synthlong.comparison import shapes_for
 from synthlong.derived import lesions_of, placements_of, profiles_of
 from synthlong.lesions import SMALLEST_EVENT_MM3, LesionBank, LesionMap, core, grown, read_bank
 from synthlong.placement import Site, allowed_of, draw_site
-from synthlong.profile import Profile, draw_profile
+from synthlong.profile import Profile, draw_profile, visible
 from synthlong.synthesis import SynthesisConfig
 
 __all__ = ["LesionEvent", "Placed", "draw_events"]
@@ -161,9 +161,9 @@ def _draw_synthetic(
     if not any(wanted.values()):
         return []
     places = placements_of(case, config)
-    profiles = profiles_of(case, config.max_event_mm3)
+    profiles = visible(profiles_of(case, config.max_event_mm3))
     if len(profiles) < _FEWEST_PROFILES:
-        profiles = np.concatenate([profiles, bank.profiles])
+        profiles = np.concatenate([profiles, visible(bank.profiles)])
     bank = shapes_for(config.painter, case, lesions_of(case, config.max_event_mm3), bank)
     allowed = allowed_of(case, config.margin)
     taken = np.zeros(allowed.shape, bool)

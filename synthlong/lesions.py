@@ -120,7 +120,7 @@ def core(mask: NDArray, fraction: float) -> NDArray[np.bool_]:
 
     Voxels are taken from the deepest one outwards: by depth below the border, then by nearness to the
     deepest. The part is connected; 0 gives no voxel, 1 the lesion itself, anything between at least one
-    voxel.
+    voxel and, of a lesion of several, not all.
 
     Args:
         mask: The voxels of one lesion, shape `(I, J, K)`.
@@ -131,7 +131,8 @@ def core(mask: NDArray, fraction: float) -> NDArray[np.bool_]:
         raise ValueError(f"fraction must be in [0, 1], got {fraction}")
     if fraction in (0, 1) or not mask.any():
         return mask.copy() if fraction == 1 else np.zeros_like(mask)
-    keep = max(round(fraction * int(mask.sum())), 1)
+    voxels = int(mask.sum())
+    keep = max(min(round(fraction * voxels), voxels - 1), 1)
     depth = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1, 1:-1]
     where = np.argwhere(mask)
     deepest = where[np.argmax(depth[mask])]

@@ -18,7 +18,7 @@ from synthlong.hole import FLUID, corrupt, first_guess, hole_in
 from synthlong.inpainting import crop
 from synthlong.lesions import find_lesions
 from synthlong.networks import UNetConfig
-from synthlong.profile import LEVELS, Profile, profile_of, raised, soft_depth
+from synthlong.profile import LEVELS, Profile, contrast_of, profile_of, raised, soft_depth
 from synthlong.sampling import MOST_DRAWS, Sample, draw_orientation, draw_variation, vary
 from synthlong.texture import mottle, texture_of
 from synthlong.weights import TrainedNetwork
@@ -26,6 +26,9 @@ from synthlong.weights import TrainedNetwork
 __all__ = ["LesionPainter", "LesionSampler"]
 
 NETWORK = UNetConfig(in_channels=3, out_channels=1)
+_EVENED = 1.5
+_LEAST = 0.6
+"""Of a lesion's contrast: by so much it is brighter than what was there, however bright that was."""
 
 
 class LesionPainter(TrainedNetwork):
@@ -50,7 +53,7 @@ class LesionPainter(TrainedNetwork):
         if not weight.any():
             return np.array(x, np.float32)
         depth = soft_depth(mask)
-        level = first_guess(x, weight)
+        level = np.maximum(first_guess(x, weight), _evened(x, weight))
         guess = raised(level, profile, depth, weight > 0)
         seen = corrupt(x, weight, mask, seed=seed, guess=guess)
         painted = np.maximum(guess + self.change(seen), 0)
@@ -60,7 +63,17 @@ class LesionPainter(TrainedNetwork):
         smooth = np.where(weight > 0, np.maximum(faded, 0), x).astype(np.float32, copy=False)
         texture = texture_of(x, weight > 0)
         spread = np.interp(depth, LEVELS, profile.spreads).astype(np.float32)
-        return mottle(smooth, weight, texture, spread=spread, there=smooth - wanted, seed=seed)
+        rough = mottle(smooth, weight, texture, spread=spread, there=smooth - wanted, seed=seed)
+        brighter = float((rough - x)[mask].mean())
+        lacking = np.float32(max(_LEAST * contrast_of(profile, depth) - brighter, 0))
+        return np.where(weight > 0, rough + weight * lacking, x).astype(np.float32, copy=False)
+
+
+def _evened(x: NDArray, weight: NDArray) -> NDArray[np.float32]:
+    """Return the tissue in a hole without its texture, 0 elsewhere: what a lesion there has to be brighter than."""
+    tissue = (x >= FLUID).astype(np.float32)
+    counts = ndimage.gaussian_filter(tissue, _EVENED)
+    return np.where(weight > 0, ndimage.gaussian_filter(x * tissue, _EVENED) / np.maximum(counts, 1e-3), 0)
 
 
 class LesionSampler:

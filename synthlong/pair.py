@@ -45,6 +45,9 @@ _PAD = REACH + 2
 _BEYOND = SHIFT_REACH + 2
 """How far beyond a box a shift and the edges of flow look."""
 
+_MOVING = 8
+"""How far beyond a box motion looks: what moves into it is the head around it, not nothing."""
+
 
 class Painter(Protocol):
     """What paints a synthetic lesion into a box of a scan; see `LesionPainter.paint`."""
@@ -111,15 +114,14 @@ def render(
     start = (0, 0, 0) if whole else recipe.box.start
     shape = case.shape if whole else (recipe.box.size,) * 3
     region = tuple(slice(s, s + n) for s, n in zip(start, shape, strict=True))
-    inner = tuple(slice(max(r.start, 0), min(r.stop, n)) for r, n in zip(region, case.shape, strict=True))
     artifacts = recipe.artifacts
     steps = (artifacts.baseline, artifacts.followup)
     scans = [_Scan(case.flair, case.healthy)] * 2
     if artifacts.before_editing:
         scans = [_Scan(*(_acquired(x, s, case.affine) for x in scan)) for scan, s in zip(scans, steps, strict=True)]
-    reach = _BEYOND if any(recipe.offset_mm) or any(brighter for _, brighter in recipe.flow) else 0
-    wide = tuple(slice(max(i.start - reach, 0), min(i.stop + reach, n)) for i, n in zip(inner, case.shape, strict=True))
-    cut = tuple(slice(i.start - w.start, i.stop - w.start) for i, w in zip(inner, wide, strict=True))
+    margins = [0 if whole or artifacts.before_editing else _margin_of(s) for s in steps]
+    reach = max(_BEYOND if any(recipe.offset_mm) or any(brighter for _, brighter in recipe.flow) else 0, *margins)
+    wide = _on_grid(_widened(region, reach), case.shape)
     scene = _Scene(case, scans, wide)
     lesions = lesions_of(case, recipe.max_event_mm3)
     scene.put_back_real(lesions, recipe.events)
@@ -131,22 +133,25 @@ def render(
         scene.add_synthetic(
             event, allowed_of(case, recipe.margin), painter or painter_of(recipe.painter), shapes, copied
         )
-    beyond = [(i.start - r.start, r.stop - i.stop) for i, r in zip(inner, region, strict=True)]
-    affine = case.affine.copy()
-    affine[:3, 3] += affine[:3, :3] @ np.array(start, float)
-    turn, turned_affine = recipe.orientation, recipe.orientation.apply_affine(affine, shape)
-    back = Orientation()
+    turn, back = recipe.orientation, Orientation()
     if whole and tuple(case.shape[a] for a in turn.axes) != case.shape:
         turn, back = back, turn.inverse
 
-    def finish(array: NDArray) -> NDArray:
-        return turn.apply(np.pad(array[cut], beyond))
+    def affine_of(part: tuple[slice, ...], turn: Orientation) -> NDArray[np.float64]:
+        affine = case.affine.copy()
+        affine[:3, 3] += affine[:3, :3] @ np.array([s.start for s in part], float)
+        return turn.apply_affine(affine, tuple(s.stop - s.start for s in part))
 
-    def finish_visit(image: NDArray, steps: tuple[Any, ...]) -> NDArray:
+    def finish(array: NDArray) -> NDArray:
+        return turn.apply(_cut_out(array, wide, region))
+
+    def finish_visit(image: NDArray, steps: tuple[Any, ...], margin: int) -> NDArray:
         if artifacts.before_editing or not steps:
             return finish(image)
-        turned = recipe.orientation.apply(np.pad(image[cut], beyond))
-        return back.apply(_acquired(turned, steps, turned_affine))
+        part = _widened(region, margin)
+        turned = recipe.orientation.apply(_cut_out(image, wide, part))
+        acquired = back.apply(_acquired(turned, steps, affine_of(part, recipe.orientation)))
+        return np.ascontiguousarray(acquired[tuple(slice(margin, n - margin) for n in acquired.shape)])
 
     scene.brighten_fluid(recipe.flow)
     (first, last), evolution = scene.visits, scene.evolution
@@ -155,14 +160,35 @@ def render(
     brain = case.brain[wide] > 0
     first, last = (toned(v, tone, brain | (v > 0)) for v, tone in zip((first, last), recipe.tones, strict=True))
     return Pair(
-        baseline=finish_visit(first, artifacts.baseline),
-        followup=finish_visit(last, artifacts.followup),
+        baseline=finish_visit(first, steps[0], margins[0]),
+        followup=finish_visit(last, steps[1], margins[1]),
         new_lesions=finish((evolution == NEW).astype(np.uint8)),
         evolution=finish(evolution),
         lesions_baseline=finish(scene.lesions[0].astype(np.uint8)),
         lesions_followup=finish(scene.lesions[1].astype(np.uint8)),
-        affine=turn.apply_affine(affine, shape),
+        affine=affine_of(region, turn),
         recipe=recipe,
+    )
+
+
+def _margin_of(steps: tuple[Any, ...]) -> int:
+    return _MOVING if any(name == "KSpaceMotion" for name, _ in steps) else 0
+
+
+def _widened(region: tuple[slice, ...], margin: int) -> tuple[slice, ...]:
+    return tuple(slice(r.start - margin, r.stop + margin) for r in region)
+
+
+def _on_grid(region: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(max(r.start, 0), min(r.stop, n)) for r, n in zip(region, shape, strict=True))
+
+
+def _cut_out(array: NDArray, part: tuple[slice, ...], region: tuple[slice, ...]) -> NDArray:
+    """Return a region of the grid from an array of a part of it; 0 where that part, and so the grid, ends."""
+    inner = [slice(max(r.start, p.start), min(r.stop, p.stop)) for r, p in zip(region, part, strict=True)]
+    beyond = [(i.start - r.start, r.stop - i.stop) for i, r in zip(inner, region, strict=True)]
+    return np.pad(
+        array[tuple(slice(i.start - p.start, i.stop - p.start) for i, p in zip(inner, part, strict=True))], beyond
     )
 
 

@@ -190,13 +190,15 @@ def draw_site(
 def site_mask(site: Site, bank: LesionBank, allowed: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], tuple[slice, ...]]:
     """Return the voxels of a placed shape that lie in allowed tissue and hang together with its centre.
 
+    By their faces: by corners they would reach across fissures.
+
     Returns:
         bool array within a box of the case's grid, and that box.
     """
     voxels, start = shape_at(site, bank)
     box = tuple(slice(max(s, 0), min(s + n, m)) for s, n, m in zip(start, voxels.shape, allowed.shape, strict=True))
     inner = tuple(slice(b.start - s, b.stop - s) for b, s in zip(box, start, strict=True))
-    parts, _ = ndimage.label(voxels[inner] & allowed[box], np.ones((3, 3, 3), bool))
+    parts, _ = ndimage.label(voxels[inner] & allowed[box])
     own = parts[tuple(c - b.start for c, b in zip(site.centre, box, strict=True))]
     return (parts == own) & (own > 0), box
 

@@ -30,6 +30,7 @@ __all__ = [
     "raised",
     "soft_depth",
     "typical",
+    "visible",
 ]
 
 LEVELS = (-1.5, -0.5, 0.5, 1.5, 2.5)
@@ -41,6 +42,7 @@ _HALO = 2
 _LOG_VOLUME_SD = 0.4
 _JITTER = 0.08
 _FEWEST = 4
+_FAINTEST = 0.1
 
 
 class Profile(NamedTuple):
@@ -163,6 +165,12 @@ def typical(lesions: LesionMap) -> NDArray[np.bool_]:
         others = (labels > 0) & (labels != number)
         alone.append(not (others & grown(labels == number, 3)).any())
     return np.array(alone, bool) & (lesions.volumes_mm3 > SMALLEST_EVENT_MM3)
+
+
+def visible(profiles: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the profiles of lesions that can be told from the tissue around them; see `profiles_in`."""
+    inside = np.array(LEVELS) > 0
+    return profiles[profiles[:, 1 : 1 + len(LEVELS)][:, inside].mean(axis=1) >= _FAINTEST]
 
 
 def draw_profile(

@@ -8,7 +8,7 @@ from synthlong.errors import InputError
 from synthlong.hole import first_guess, hole_in, soft_hole
 from synthlong.networks import UNet, UNetConfig
 from synthlong.painting import LesionPainter, LesionSampler, raised_by_own
-from synthlong.profile import Profile
+from synthlong.profile import Profile, contrast_of, soft_depth
 from synthlong.weights import write_weights
 
 PROFILE = Profile((0.0, 0.1, 0.4, 0.5, 0.6), (0.05,) * 5)
@@ -54,6 +54,22 @@ def test_paint_leaves_the_background_and_empty_masks_alone(small_case):
     mask[20, 20, 34:38] = 1
     painted = painter.paint(small_case.healthy, mask, seed=0, profile=PROFILE)
     assert np.array_equal(painted == 0, small_case.healthy == 0)
+
+
+@pytest.mark.parametrize("radius", [1.2, 2.5, 5])
+def test_a_lesion_is_brighter_than_what_was_there(radius):
+    """In bright cortex, too, which a first guess from its surroundings does not know of."""
+    painter = LesionPainter(network(), sha256="none")
+    away = np.linalg.norm(np.indices((40, 40, 40)) - 19.5, axis=0)
+    x = (1 + 0.02 * np.random.default_rng(0).standard_normal(away.shape)).astype(np.float32)
+    x[away < radius + 1] += 0.5
+    mask = away <= radius
+    faint = Profile((0.0, 0.05, 0.2, 0.25, 0.3), (0.03,) * 5)
+    wanted = contrast_of(faint, soft_depth(mask))
+    for seed in range(5):
+        change = painter.paint(x, mask, seed=seed, profile=faint) - x
+        assert change[mask].mean() > 0.55 * wanted
+        assert not change[soft_hole(mask) == 0].any()
 
 
 def test_read(tmp_path):

@@ -335,6 +335,28 @@ def test_each_visit_gets_its_own_artifacts_last(small_case):
     assert np.array_equal(only.followup, plain.followup)
 
 
+@pytest.mark.parametrize("orientation", [Orientation(), Orientation((2, 0, 1), (True, False, True))])
+def test_what_moves_into_a_box_is_the_head_around_it(pairs, whole_case, orientation):
+    """Not the nothing around an array, which would leave a dark rim on each face."""
+    still = pairs[0][0]
+    i, j, k = (n // 2 for n in whole_case.shape)
+    box = Box((i - 24, j - 24, k - 24), 48, "uniform")
+    motion = {"degrees": [[4.0, -3.0, 2.0]], "translation_mm": [[2.0, 3.0, -3.0]], "times": [0.6], "axis": 1}
+    moved = Artifacts(followup=(("KSpaceMotion", motion),))
+    recipe = replace(still, box=box, offset_mm=(0.0, 0.0, 0.0), orientation=orientation)
+    plain, pair = (rendered(whole_case, replace(recipe, artifacts=a)) for a in (Artifacts(), moved))
+    assert np.array_equal(pair.baseline, plain.baseline)
+    assert np.array_equal(pair.evolution, plain.evolution)
+    change = np.where(plain.followup > 0.65, pair.followup - plain.followup, 0)
+    assert change.any()
+    faces = np.ones(change.shape, bool)
+    faces[2:-2, 2:-2, 2:-2] = False
+    inner = np.abs(change[~faces]).mean()
+    assert np.abs(change[faces]).mean() < 1.6 * inner
+    alone = acquire(torch.from_numpy(plain.followup), steps=moved.followup).numpy() - plain.followup
+    assert np.abs(np.where(plain.followup > 0.65, alone, 0)[faces]).mean() > 1.8 * inner
+
+
 def test_artifacts_on_a_whole_grid_that_cannot_turn(small_case):
     """They follow the axes of the turned box all the same."""
     arrays = {name: getattr(small_case, name)[:, :, 1:] for name in ("flair", "lesions", "brain", "tissue", "healthy")}

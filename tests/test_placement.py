@@ -179,6 +179,15 @@ def test_a_shape_is_cut_off_where_it_leaves_the_tissue():
     assert not mask[5:].any()
 
 
+def test_a_shape_does_not_reach_across_a_fissure():
+    allowed = np.zeros((20, 20, 20), bool)
+    allowed[:10, :10] = allowed[10:, 10:] = True  # two banks that meet at an edge
+    mask, box = site_mask(Site(0, False, (8, 8, 10)), cube_bank(7), allowed)
+    assert mask.sum() == 5 * 5 * 7
+    assert (box[0].start, box[1].start) == (5, 5)
+    assert not mask[5:].any()
+
+
 def test_a_shape_is_cut_off_at_the_grids_border():
     mask, box = site_mask(Site(0, True, (0, 19, 10)), cube_bank(5), np.ones((20, 20, 20), bool))
     assert box == (slice(0, 3), slice(17, 20), slice(8, 13))

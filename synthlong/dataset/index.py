@@ -63,7 +63,7 @@ class Index:
             if not out.is_dir():
                 raise InputError(out, "no such folder", "give the folder that `generate` wrote") from None
             problem = f"not finished: {_progress(out)}, no index.json"
-            raise InputError(out, problem, f"{_RESUME}, or use partial=True") from None
+            raise InputError(out, problem, f"{_RESUME}, or in Python use partial=True") from None
         except OSError as error:
             problem = f"cannot be read ({error.strerror})"
             raise InputError(path, problem, "check the disk and the file's permissions") from error
