@@ -16,9 +16,11 @@ def check(
     """Read and validate every case: one line each; exit code 1 if one cannot be used."""
     import warnings
 
+    from synthlong.derived import placements_of
     from synthlong.errors import InputError, InputWarning
     from synthlong.lesions import find_lesions
     from synthlong.manifest import find_cases
+    from synthlong.synthesis import SynthesisConfig
 
     failed = 0
     for files in find_cases(cases, prefer=prefer.value if prefer else None):
@@ -26,6 +28,7 @@ def check(
             warnings.simplefilter("always", InputWarning)
             try:
                 case = files.read()
+                placements_of(case, SynthesisConfig())
             except InputError as error:
                 failed += 1
                 typer.echo(f"FAIL  {files.subject}: {error}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from .options import numbers_of
+from .options import ranges_of
 
 
 def export(
@@ -15,8 +15,10 @@ def export(
     pairs: str = typer.Option(None, help="Which pairs, e.g. 0,5 or 0-9; default: all."),
 ) -> None:
     """Write pairs as NIfTI: both visits in BIDS layout, masks and recipe under derivatives/."""
+    from itertools import chain
+
     from synthlong.dataset.export import export_pairs
 
-    numbers = numbers_of(pairs, "--pairs") if pairs is not None else None
+    numbers = None if pairs is None else chain(*ranges_of(pairs, "--pairs"))
     folders = export_pairs(run, out, numbers=numbers)
     typer.echo(f"{out.name}: {len(folders)} pairs, {folders[0].name} to {folders[-1].name}")

@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from synthlong.errors import ConfigError
 
-__all__ = ["Prefer", "each_with", "numbers_of"]
+__all__ = ["Prefer", "each_with", "ranges_of"]
 
 
 class Prefer(StrEnum):
@@ -28,16 +28,17 @@ def each_with(arguments: list[str], option: str, ending: str) -> list[str]:
     return each
 
 
-def numbers_of(text: str, option: str) -> list[int]:
+def ranges_of(text: str, option: str) -> list[range]:
     """Return the numbers of a list such as `0,5,10-12`.
 
     Raises:
         ConfigError: Something else.
     """
-    numbers: list[int] = []
+    ranges: list[range] = []
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdecimal() or (last and not (last.isdecimal() and int(first) <= int(last))):
+        first, dash, last = part.strip().partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
             raise ConfigError(f"{option} {text}: give numbers such as 0,5 or 0-9")
-        numbers += range(int(first), int(last or first) + 1)
-    return numbers
+        ranges.append(range(int(first), int(last) + 1))
+    return ranges

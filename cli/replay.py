@@ -21,6 +21,7 @@ def replay(
     from synthlong.synthesis import SynthesisConfig
 
     chosen = SynthesisConfig.from_toml(config) if config else None
-    pair = again(run, number, source=cases, config=chosen, whole=whole)
+    pair, apart = again(run, number, source=cases, config=chosen, whole=whole)
     folder = write_pair(out, number, pair)
-    typer.echo(f"{folder.name}: the same as in the shard" + (", here on the whole grid" if whole else ""))
+    same = f"as in the shard, within {apart:.2g}" if apart else "the same as in the shard"
+    typer.echo(f"{folder.name}: {same}" + (", here on the whole grid" if whole else ""))

@@ -43,6 +43,7 @@ BRAIN_MODE = "BrainMode"
 """Key of the JSON beside a FLAIR that states the mode of its brain tissue, in the scan's own units."""
 
 _KNOT_GRID = 4096
+_MOST_CORNERS = 6
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +132,7 @@ def read_case(
         if path is not None
     }
     grid = WorkingGrid.of(image)
-    raw = image.data
+    raw = image.data if "brain" in extra else _above_background(image)
     brain_mask = extra["brain"].data != 0 if "brain" in extra else raw != 0
     if "brain" in extra:
         check_binary(extra["brain"])
@@ -200,7 +201,7 @@ def read_lesions(mask: Path, flair: Path, *, prefer: str | None = None) -> NDArr
     image = read_nifti(flair, prefer=prefer)
     lesion = read_beside(mask, image, prefer=prefer)
     check_mask(lesion, image)
-    grid, brain = WorkingGrid.of(image), image.data != 0
+    grid, brain = WorkingGrid.of(image), _above_background(image) != 0
     inside = grid.carry_lesions(clip_to_brain(lesion, brain)) & grid.resample_mask(brain)
     return inside.astype(np.uint8)
 
@@ -209,6 +210,18 @@ def _warn_empty(mask: Volume, inside: NDArray[np.bool_]) -> None:
     if not inside.any():
         text = "no lesion in the mask: only synthetic lesions will change"
         warnings.warn(f"{short(mask.path)}: {text}", InputWarning, stacklevel=3)
+
+
+def _above_background(scan: Volume) -> NDArray[np.float32]:
+    """Return a scan whose background is 0: it is another value after z-scoring, or after rounding to whole numbers."""
+    corners = scan.data[np.ix_(*[[0, n - 1] for n in scan.data.shape])]
+    values, counts = np.unique(corners, return_counts=True)
+    background = values[counts.argmax()]
+    if background == 0 or counts.max() < _MOST_CORNERS:
+        return scan.data
+    text = f"its background is {background:.4g}, taken for 0"
+    warnings.warn(f"{short(scan.path)}: {text}", InputWarning, stacklevel=3)
+    return scan.data - background
 
 
 def _without_negatives(raw: NDArray, brain: NDArray[np.bool_], path: Path) -> NDArray[np.float32]:

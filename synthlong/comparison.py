@@ -37,7 +37,7 @@ class EllipsoidPainter:
         weight = hole_in(x, mask)
         if not weight.any():
             return np.array(x, np.float32)
-        bright = first_guess(x, weight)[mask].mean() + contrast_of(profile, soft_depth(mask))
+        bright = first_guess(x, weight)[mask].mean() + contrast_of(profile, soft_depth(mask), mask)
         share = ndimage.gaussian_filter(mask.astype(np.float32), _EDGE) * (weight > 0)
         return (x + share * (bright - x)).astype(np.float32)
 

@@ -65,7 +65,7 @@ class LesionPainter(TrainedNetwork):
         spread = np.interp(depth, LEVELS, profile.spreads).astype(np.float32)
         rough = mottle(smooth, weight, texture, spread=spread, there=smooth - wanted, seed=seed)
         brighter = float((rough - x)[mask].mean())
-        lacking = np.float32(max(_LEAST * contrast_of(profile, depth) - brighter, 0))
+        lacking = np.float32(max(_LEAST * contrast_of(profile, depth, mask) - brighter, 0))
         return np.where(weight > 0, rough + weight * lacking, x).astype(np.float32, copy=False)
 
 

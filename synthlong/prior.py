@@ -181,7 +181,7 @@ def write_prior(
         The frequency that was written.
 
     Raises:
-        InputError: A mask is unreadable, no lesion mask, or has no lesion on the MNI grid.
+        InputError: A mask is unreadable, no lesion mask, or has lesions off the MNI grid only; or all are empty.
         ConfigError: No masks, or `out` is one of them or no name of a NIfTI file.
     """
     out = Path(out)
@@ -190,7 +190,10 @@ def write_prior(
     if any(Path(mask).resolve() == out.resolve() for mask in masks):
         raise ConfigError(f"{short(out)}: is one of the masks; choose another name for the prior")
     read = partial(read_mask, prefer=prefer)
-    frequency = with_floor(build_prior(map(read, masks), fwhm_mm=fwhm_mm, symmetric=symmetric))
+    frequency = build_prior(map(read, masks), fwhm_mm=fwhm_mm, symmetric=symmetric)
+    if not frequency.any():
+        raise InputError(masks[0], "no lesion in any of the masks", "give masks of patients with lesions, too")
+    frequency = with_floor(frequency)
     write_nifti(out, frequency, mni_affine())
     return frequency
 
@@ -199,17 +202,19 @@ def read_mask(path: str | Path, *, prefer: str | None = None) -> tuple[str, Arra
     """Read a lesion mask in MNI152 space onto the MNI grid (linear, so 0 to 1).
 
     Args:
-        path: The mask, any orientation and voxel size: 0 and one other value, a positive one.
+        path: The mask, any orientation and voxel size: 0 and one other value, a positive one, or 0 alone.
         prefer: "sform" or "qform" where the two disagree.
 
     Returns:
         `(subject, mask)`; see `patient_in` for the subject.
 
     Raises:
-        InputError: The mask is unreadable, not binary, as large as a brain, or has no lesion on the MNI grid.
+        InputError: The mask is unreadable, not binary, as large as a brain, or has lesions off the MNI grid only.
     """
-    volume = read_nifti(path, prefer=prefer)
+    volume = read_nifti(path, prefer=prefer, allow_empty=True)
     check_binary(volume)
+    if not volume.data.any():  # a patient without lesions
+        return patient_in(path), np.zeros(MNI_SHAPE, np.float32)
     volume_ml = np.count_nonzero(volume.data) * volume.voxel_mm3 / 1000
     if volume_ml > _MOST_LESIONS_ML:
         raise InputError(path, f"covers {volume_ml:.0f} ml, like a brain mask", "give lesion masks")

@@ -124,9 +124,9 @@ def profile_of(excess: NDArray, depth: NDArray, counts: NDArray[np.bool_]) -> Pr
     return Profile(tuple(levels), tuple(spreads))
 
 
-def contrast_of(profile: Profile, depth: NDArray) -> float:
-    """Return the mean of a profile over a lesion's voxels."""
-    return float(np.interp(depth[depth > 0], LEVELS, profile.levels).mean())
+def contrast_of(profile: Profile, depth: NDArray, mask: NDArray[np.bool_]) -> float:
+    """Return the mean of a profile over a lesion's voxels, at least one, of these depths."""
+    return float(np.interp(depth[mask], LEVELS, profile.levels).mean())
 
 
 def raised(guess: NDArray, profile: Profile, depth: NDArray, where: NDArray[np.bool_]) -> NDArray[np.float32]:

@@ -214,9 +214,11 @@ def _pair(number: int, subject: str, recipe: Recipe, baseline: NDArray, followup
         cut = [upright(volume.take(at[axis], axis)) for volume in (baseline, followup, evolution)]
         rows.append((name, _figures(*cut, alt=f"pair {number}, {name}")))
     changes = [(COLOURS[code], text) for code, text in _changes(recipe, evolution)]
+    placed = "placed uniformly"
+    if recipe.box.placed == "event":
+        placed = "around a lesion that changes" if changes else "around a stable lesion"
     if stable := sum(e.kind == "stable" and _seat(e, recipe) is not None for e in recipe.events):
         changes.append((COLOURS[STABLE], f"stable, {stable} synthetic"))
-    placed = "around an event" if recipe.box.placed == "event" else "placed uniformly"
     more = "".join(f"<p>{name}</p>{panels}" for name, panels in rows[1:])
     return (
         f"<article><h3>Pair {number} <span>subject {escape(subject)} · box {placed} · {rows[0][0]}</span>"

@@ -22,7 +22,8 @@ class SynthesisConfig(Options):
             lie at random over the brain's bounding box.
         new_mean: Mean number of new lesions in recipes that have any (1 + geometric).
         new_max: Most new lesions.
-        real_share: Share of new and vanished lesions that are real ones of the case, as far as it has them.
+        real_share: Share of the lesions that change that are real ones of the case, as far as it has them. Parts into
+            which `max_event_mm3` splits confluent ones count, too, though what they touch may stay.
         vanished_mean: Mean number of vanished lesions (Poisson).
         enlarging_mean: Mean number of enlarging lesions (Poisson).
         shrinking_mean: Mean number of shrinking lesions (Poisson).

@@ -292,6 +292,20 @@ def test_a_rewritten_prior_is_read_again(tmp_path):
         assert lesion_prior(path)[0].max() == value
 
 
+def test_patients_without_lesions_count(tmp_path):
+    data = np.zeros((20, 20, 20), np.uint8)
+    none = nifti(tmp_path / "sub-1_mask.nii", data, np.diag([2.0, 2, 2, 1]))
+    data[8:12, 8:12, 8:12] = 1
+    some = nifti(tmp_path / "sub-2_mask.nii", data, np.diag([2.0, 2, 2, 1]))
+    halved, alone = (
+        prior.write_prior(masks, tmp_path / "p.nii", fwhm_mm=0.0, symmetric=False) for masks in ([none, some], [some])
+    )
+    assert halved.max() / alone.max() == pytest.approx(0.5, abs=0.01)
+    with pytest.raises(InputError, match=r"sub-1_mask\.nii: no lesion in any of the masks"):
+        prior.write_prior([none], tmp_path / "q.nii")
+    assert not (tmp_path / "q.nii").exists()
+
+
 def test_unusable_files_are_named(tmp_path):
     data = np.zeros((8, 8, 8), np.float32)
     data[4] = 30

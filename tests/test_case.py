@@ -665,14 +665,26 @@ def test_a_skull_is_read_with_a_word(read, whole, between_mm, brightness):
 
 
 def test_a_head_larger_than_any_brain_is_read_with_a_word(read, whole):
+    around = np.where(whole.flair, whole.flair, 20 + np.indices(whole.flair.shape).sum(axis=0) % 7).astype(np.float32)
     with warned("outside the MNI brain: skull, or not in MNI space?"):
-        read(np.where(whole.flair, whole.flair, np.float32(20)), whole.mask, whole.affine)
+        read(around, whole.mask, whole.affine)
 
 
 def test_a_stripped_brain_is_read_without_a_word(read, whole, real_case):
     case = read(whole.flair, whole.mask, whole.affine)
     assert case.lesions.sum() == real_case.lesions.sum()
     assert (case.tissue > 0).sum() == (whole.flair != 0).sum()
+
+
+@pytest.mark.parametrize(("scale", "background"), [(1.0, 0.00112), (0.01, -0.416), (1.0, -1.0)])
+def test_a_background_that_is_not_0_is_taken_for_it(read, whole, scale, background):
+    """After z-scoring over the whole grid, or as whole numbers with an offset."""
+    plain = read(whole.flair, whole.mask, whole.affine)
+    with warned(f"its background is {background:.4g}, taken for 0"):
+        case = read((scale * whole.flair + background).astype(np.float32), whole.mask, whole.affine)
+    assert np.array_equal(case.brain, plain.brain)
+    assert np.array_equal(case.lesions, plain.lesions)
+    np.testing.assert_allclose(case.flair, plain.flair, atol=2e-3)
 
 
 # --- the bundled scans

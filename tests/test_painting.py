@@ -65,11 +65,22 @@ def test_a_lesion_is_brighter_than_what_was_there(radius):
     x[away < radius + 1] += 0.5
     mask = away <= radius
     faint = Profile((0.0, 0.05, 0.2, 0.25, 0.3), (0.03,) * 5)
-    wanted = contrast_of(faint, soft_depth(mask))
+    wanted = contrast_of(faint, soft_depth(mask), mask)
     for seed in range(5):
         change = painter.paint(x, mask, seed=seed, profile=faint) - x
         assert change[mask].mean() > 0.55 * wanted
         assert not change[soft_hole(mask) == 0].any()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 6), (1, 2, 5)])
+def test_thin_lesions_are_painted(shape):
+    """Their smoothed border is nowhere below their surface."""
+    painter = LesionPainter(network(), sha256="none")
+    x, mask = np.ones((24, 24, 24), np.float32), np.zeros((24, 24, 24), bool)
+    mask[tuple(slice(12, 12 + n) for n in shape)] = True
+    painted = painter.paint(x, mask, seed=0, profile=PROFILE)
+    assert np.isfinite(painted).all()
+    assert (painted - x)[mask].mean() > 0.05
 
 
 def test_read(tmp_path):

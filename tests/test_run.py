@@ -155,9 +155,10 @@ def test_nothing_tells_of_the_machine(run, manifest):
 
 def test_replay_gives_the_pair_again(run):
     for k in (0, 3):
-        pair = replay(run, k)  # compares every array with the shard, bit for bit
+        pair, apart = replay(run, k)  # compares every array with the shard, bit for bit
+        assert apart == 0
         assert pair.baseline.shape == (32, 32, 32)
-    whole = replay(run, 3, whole=True)
+    whole, _ = replay(run, 3, whole=True)
     assert sorted(whole.baseline.shape) == sorted(CROP)
     with pytest.raises(ConfigError, match=r"has pairs 0\.\.6, not 7"):
         replay(run, 7)
@@ -171,7 +172,7 @@ def test_a_run_of_a_plain_painter(manifest, tmp_path, painter):
     recipes = [Recipe.from_json(ShardDataset(tmp_path / "run")[k]["recipe"]) for k in range(2)]
     assert {r.painter for r in recipes} == {painter}
     for k in range(2):
-        assert replay(tmp_path / "run", k).new_lesions.any()
+        assert replay(tmp_path / "run", k)[0].new_lesions.any()
 
 
 def test_replay_notices_a_pair_that_differs(run, monkeypatch):
@@ -180,19 +181,27 @@ def test_replay_notices_a_pair_that_differs(run, monkeypatch):
 
     honest = module.render
 
-    def off_by_a_little(*args, **kwargs):
-        pair = honest(*args, **kwargs)
-        pair.followup[5, 5, 5] += 0.5
-        return pair
+    def off_by(image, mask=0):
+        def render(*args, **kwargs):
+            pair = honest(*args, **kwargs)
+            pair.followup[5, 5, 5] += image
+            pair.new_lesions[5, 5, 5] ^= mask
+            return pair
 
-    monkeypatch.setattr(module, "render", off_by_a_little)
+        monkeypatch.setattr(module, "render", render)
+
+    off_by(0.02)
     with pytest.raises(SynthlongError, match="pair 0 does not come out as stored"):
         replay(run, 0)
     here = module.environment("cpu")
     other = {**here, "machine": {**here["machine"], "arithmetic": "f00"}}
     monkeypatch.setattr(module, "environment", lambda _: other)
-    with pytest.warns(InputWarning, match="differs in its last bits: other processor or libraries than the run's"):
-        replay(run, 0)
+    with pytest.warns(InputWarning, match="images differ by up to 0.02: other processor or libraries than the run's"):
+        assert replay(run, 0)[1] == pytest.approx(0.02, abs=0.001)
+    for wrong, name in (((0.2,), "followup"), ((0.02, 1), "new_lesions")):
+        off_by(*wrong)
+        with pytest.raises(SynthlongError, match=rf"pair 0 does not come out as stored \({name}\)"):
+            replay(run, 0)
     monkeypatch.setattr(module.synthlong, "__version__", "9.9")
     with pytest.raises(InputError, match=r'made by synthlong .*, this is 9\.9; pip install "synthlong=='):
         replay(run, 0)
@@ -216,7 +225,7 @@ def test_preferred_orientation_is_part_of_the_run(manifest, tmp_path):
         generate(tmp_path / "cases.csv", tmp_path / "out", workers=1, prefer="sform", **few)
     sform = nib.load(manifest.parent / "cs07_FLAIR.nii.gz").affine
     corner = min(sform[0, 3], (sform @ (CROP[0] - 1, 0, 0, 1))[0])
-    assert replay(tmp_path / "out", 0).recipe.origin_mm[0] == pytest.approx(corner + 3)
+    assert replay(tmp_path / "out", 0)[0].recipe.origin_mm[0] == pytest.approx(corner + 3)
 
 
 def test_transforms_know_which_axis_of_a_turned_box_is_axial(run):
@@ -247,15 +256,15 @@ def test_export_is_bids_with_true_geometry(run, tmp_path):
         export_pairs(run, tmp_path, numbers=[9])
     export_pairs(run, tmp_path, numbers=[2])  # the same pair again
     with pytest.raises(OutputError, match="another pair of this number is there; choose another folder"):
-        write_pair(tmp_path, 2, replay(run, 2, whole=True))
-    other = replay(run, 3)
+        write_pair(tmp_path, 2, replay(run, 2, whole=True)[0])
+    other, _ = replay(run, 3)
     with pytest.raises(OutputError, match="another pair"):
         write_pair(tmp_path, 2, other)
     np.testing.assert_array_equal(nib.load(image.get_filename()).get_fdata(dtype=np.float32), image.get_fdata())
 
 
 def test_exported_visits_are_read_back_in_their_own_gray_scales(run, tmp_path):
-    write_pair(tmp_path, 0, replay(run, 0, whole=True))
+    write_pair(tmp_path, 0, replay(run, 0, whole=True)[0])
     for number, name in enumerate(("baseline", "followup"), start=1):
         path = tmp_path / f"sub-syn0000/ses-{number}/anat/sub-syn0000_ses-{number}_FLAIR.nii.gz"
         written = nib.load(path).get_fdata(dtype=np.float32)

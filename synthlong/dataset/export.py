@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import nibabel as nib
@@ -20,7 +21,7 @@ __all__ = ["export_pairs", "write_pair"]
 _VERSION = "1.9.0"
 
 
-def export_pairs(run: Path, out: Path, *, numbers: list[int] | None = None) -> list[Path]:
+def export_pairs(run: Path, out: Path, *, numbers: Iterable[int] | None = None) -> list[Path]:
     """Write pairs of a finished run as NIfTI; return the subjects' folders.
 
     Args:
@@ -32,10 +33,11 @@ def export_pairs(run: Path, out: Path, *, numbers: list[int] | None = None) -> l
         ConfigError: A number that the run does not have.
     """
     dataset = ShardDataset(run)
-    chosen = list(range(len(dataset))) if numbers is None else numbers
-    beyond = [n for n in chosen if not 0 <= n < len(dataset)]
-    if beyond:
-        raise ConfigError(f"--pairs: {run.name} has pairs 0..{len(dataset) - 1}, not {beyond[0]}")
+    chosen = []
+    for number in range(len(dataset)) if numbers is None else numbers:
+        if not 0 <= number < len(dataset):
+            raise ConfigError(f"--pairs: {run.name} has pairs 0..{len(dataset) - 1}, not {number}")
+        chosen.append(number)
     folders = []
     for number in chosen:
         sample = dataset[number]
@@ -55,7 +57,12 @@ def write_pair(out: Path, number: int, pair: Pair) -> Path:
 
     Returns:
         The subject's folder.
+
+    Raises:
+        OutputError: Another pair lies there, or `out` is no folder.
     """
+    if out.exists() and not out.is_dir():
+        raise OutputError(out, "is not a folder", "name a folder")
     subject = f"sub-syn{number:04d}"
     _check_same(out, subject, pair)
     for ses, image in (("1", pair.baseline), ("2", pair.followup)):
