@@ -7,8 +7,8 @@ DATA holds `open_ms` (CC BY, doi 10.1007/s12021-017-9348-7 and 10.1007/s12021-01
 (Sci. Data 12:920). Six scans of four patients come with lesion masks in MNI space. Three more, raw, of patients without
 a mask, are prepared; what is bright in their white matter is taken for lesions: a new lesion's mask is exact whatever
 they really are, and slices of 3-4 mm are what clinics have. Each command is printed, and goes on where it was stopped.
-On two cores of an Intel Xeon with AMX: 5 minutes to prepare, 16 for the pairs, 31 for `ConcatUNet` and, at the same
-time, 64 for both stages of `SiameseUNet` (the pairs and those stages beside other work).
+On two cores of an Intel Xeon with AMX: 5 minutes to prepare, 14 for the pairs, 51 for `ConcatUNet` and, at the same
+time, 83 for both stages of `SiameseUNet` (all beside other work).
 """
 
 import argparse
