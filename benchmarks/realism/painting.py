@@ -6,11 +6,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import ks_2samp
 
-from synthlong.atlas import read_mask
 from synthlong.case import Case
 from synthlong.hole import soft_hole
 from synthlong.lesions import find_lesions, read_bank
 from synthlong.placement import allowed_of, site_mask
+from synthlong.prior import read_mask
 from synthlong.recipe import draw_recipe, rng_of
 from synthlong.synthesis import SynthesisConfig
 
