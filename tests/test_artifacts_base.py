@@ -260,6 +260,8 @@ def test_a_range_may_be_an_array():
     blur = artifacts.RandomGaussianBlur(std=np.array([0.5, 1.0]))
     assert 0.5 <= blur.draw_params(np.random.default_rng(0))["std"] <= 1
     assert artifacts.RandomKSpaceGhosting(axes=np.array([0, 2])).axes == (0, 2)
+    with pytest.raises(ValueError, match=r"std = \[1\]: must be a number"):
+        artifacts.RandomGaussianBlur(std=[[1], [1, 2]])
     with pytest.raises(ValueError, match=r"std = array\(\[1., 2., 3.\]\): must be a number or a range"):
         artifacts.RandomGaussianBlur(std=np.array([1.0, 2.0, 3.0]))
 

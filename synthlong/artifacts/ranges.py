@@ -162,6 +162,6 @@ def check_triples(
 
 def _listed(value: Any) -> Any:
     """Return a sequence or an array as a list, anything else as it is."""
-    if isinstance(value, str) or not isinstance(value, (Sequence, np.ndarray)):
-        return value
-    return list(value) if np.ndim(value) else value
+    if isinstance(value, np.ndarray):
+        return list(value) if value.ndim else value
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value

@@ -89,8 +89,8 @@ def _compare(pair: Pair, stored: dict[str, Any], run: Path, number: int, plan: d
         if np.array_equal(made, kept):
             continue
         if made_by != synthlong.__version__:
-            way = f'pip install "synthlong=={made_by}" to make it again'
-            raise InputError(run, f"made by synthlong {made_by}, this is {synthlong.__version__}", way)
+            problem = f"made by synthlong {made_by}, this is {synthlong.__version__}"
+            raise InputError(run, problem, "install that version to make it again")
         here = environment(plan["machine"]["device"])
         elsewhere = any(here[kind] != plan[kind] for kind in here)
         off = float(np.abs(made - kept).max()) if name in IMAGES else np.inf
