@@ -26,8 +26,7 @@ from synthlong.weights import TrainedNetwork
 __all__ = ["LesionPainter", "LesionSampler"]
 
 NETWORK = UNetConfig(in_channels=3, out_channels=1)
-_EVENED = 1.5
-_LEAST = 0.6
+_LEAST = 0.75
 """Of a lesion's contrast: by so much it is brighter than what was there, however bright that was."""
 
 
@@ -53,7 +52,7 @@ class LesionPainter(TrainedNetwork):
         if not weight.any():
             return np.array(x, np.float32)
         depth = soft_depth(mask)
-        level = np.maximum(first_guess(x, weight), _evened(x, weight))
+        level = first_guess(x, weight)
         guess = raised(level, profile, depth, weight > 0)
         seen = corrupt(x, weight, mask, seed=seed, guess=guess)
         painted = np.maximum(guess + self.change(seen), 0)
@@ -67,13 +66,6 @@ class LesionPainter(TrainedNetwork):
         brighter = float((rough - x)[mask].mean())
         lacking = np.float32(max(_LEAST * contrast_of(profile, depth, mask) - brighter, 0))
         return np.where(weight > 0, rough + weight * lacking, x).astype(np.float32, copy=False)
-
-
-def _evened(x: NDArray, weight: NDArray) -> NDArray[np.float32]:
-    """Return the tissue in a hole without its texture, 0 elsewhere: what a lesion there has to be brighter than."""
-    tissue = (x >= FLUID).astype(np.float32)
-    counts = ndimage.gaussian_filter(tissue, _EVENED)
-    return np.where(weight > 0, ndimage.gaussian_filter(x * tissue, _EVENED) / np.maximum(counts, 1e-3), 0)
 
 
 class LesionSampler:
