@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 
 import typer
@@ -15,8 +16,6 @@ def export(
     pairs: str = typer.Option(None, help="Which pairs, e.g. 0,5 or 0-9; default: all."),
 ) -> None:
     """Write pairs as NIfTI: both visits in BIDS layout, masks and recipe under derivatives/."""
-    from itertools import chain
-
     from synthlong.dataset.export import export_pairs
 
     numbers = None if pairs is None else chain(*ranges_of(pairs, "--pairs"))

@@ -132,7 +132,11 @@ def read_case(
         if path is not None
     }
     grid = WorkingGrid.of(image)
-    raw = image.data if "brain" in extra else _above_background(image)
+    raw = image.data
+    if "brain" not in extra and (background := _background_of(image)):
+        text = f"its background is {background:.4g}, taken for 0"
+        warnings.warn(f"{short(flair)}: {text}", InputWarning, stacklevel=2)
+        raw = raw - np.float32(background)
     brain_mask = extra["brain"].data != 0 if "brain" in extra else raw != 0
     if "brain" in extra:
         check_binary(extra["brain"])
@@ -201,7 +205,7 @@ def read_lesions(mask: Path, flair: Path, *, prefer: str | None = None) -> NDArr
     image = read_nifti(flair, prefer=prefer)
     lesion = read_beside(mask, image, prefer=prefer)
     check_mask(lesion, image)
-    grid, brain = WorkingGrid.of(image), _above_background(image) != 0
+    grid, brain = WorkingGrid.of(image), image.data != _background_of(image)
     inside = grid.carry_lesions(clip_to_brain(lesion, brain)) & grid.resample_mask(brain)
     return inside.astype(np.uint8)
 
@@ -212,16 +216,11 @@ def _warn_empty(mask: Volume, inside: NDArray[np.bool_]) -> None:
         warnings.warn(f"{short(mask.path)}: {text}", InputWarning, stacklevel=3)
 
 
-def _above_background(scan: Volume) -> NDArray[np.float32]:
-    """Return a scan whose background is 0: it is another value after z-scoring, or after rounding to whole numbers."""
+def _background_of(scan: Volume) -> float:
+    """Return a scan's background: another value than 0 after z-scoring, or after rounding to whole numbers."""
     corners = scan.data[np.ix_(*[[0, n - 1] for n in scan.data.shape])]
     values, counts = np.unique(corners, return_counts=True)
-    background = values[counts.argmax()]
-    if background == 0 or counts.max() < _MOST_CORNERS:
-        return scan.data
-    text = f"its background is {background:.4g}, taken for 0"
-    warnings.warn(f"{short(scan.path)}: {text}", InputWarning, stacklevel=3)
-    return scan.data - background
+    return float(values[counts.argmax()]) if counts.max() >= _MOST_CORNERS else 0.0
 
 
 def _without_negatives(raw: NDArray, brain: NDArray[np.bool_], path: Path) -> NDArray[np.float32]:

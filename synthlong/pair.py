@@ -237,9 +237,7 @@ class _Scene:
         if real.keys() != set(range(1, len(lesions) + 1)):
             problem = f"it has {len(lesions)} lesions, the recipe speaks of {len(real)}"
             raise InputError(case.id, problem, "render the scan and mask that the recipe was drawn from")
-        wide = tuple(
-            slice(max(r.start - _PAD, 0), min(r.stop + _PAD, n)) for r, n in zip(self.region, case.shape, strict=True)
-        )
+        wide = _on_grid(_widened(self.region, _PAD), case.shape)
         labels = lesions.labels[wide]
         if not labels.any():
             return

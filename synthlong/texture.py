@@ -126,7 +126,11 @@ def roughen(x: NDArray[np.float32], weight: NDArray, texture: Texture, *, seed: 
         texture: Of the image's tissue.
         seed: Seed of the noise.
     """
-    lacking = np.sqrt(np.maximum(_grain_nearby(x, weight, texture) - _grain_in_fill(x, weight), 0))
+    rest = x - _local_mean(
+        x, (x >= FLUID) | (weight > 0), _SMOOTH
+    )  # CSF and background do not count: a wall is no grain
+    nearby, there = _grain_nearby(rest, _away(x, weight), texture), _grain_in_fill(rest, weight)
+    lacking = np.sqrt(np.maximum(nearby - there, 0))
     return _added(x, weight, lacking * texture.noise(x.shape, seed))
 
 
@@ -162,14 +166,12 @@ def _away(x: NDArray, leave_out: NDArray) -> NDArray[np.bool_]:
     return next((f for n in (3, 2, 1) if (f := ndimage.binary_erosion(tissue, iterations=n)).sum() >= _FEWEST), tissue)
 
 
-def _grain_nearby(x: NDArray, weight: NDArray, texture: Texture) -> NDArray:
-    """Return the variance that tissue within about a centimetre has about its local mean, around each voxel.
+def _grain_nearby(rest: NDArray, away: NDArray[np.bool_], texture: Texture) -> NDArray:
+    """Return the variance about the local mean of the tissue `away` within about a centimetre, around each voxel.
 
     Where there is no such tissue it is that of the texture, which also says what is grain and what an edge.
     """
-    away = _away(x, weight)
-    rest = np.clip(_about_mean(x, weight), -3 * texture.sd, 3 * texture.sd)
-    power = np.where(away, rest**2, 0).astype(np.float32)
+    power = np.where(away, np.clip(rest, -3 * texture.sd, 3 * texture.sd) ** 2, 0).astype(np.float32)
     usual = power.sum() / max(int(away.sum()), 1)
     if not usual:
         return np.full_like(power, texture.sd**2)
@@ -178,17 +180,12 @@ def _grain_nearby(x: NDArray, weight: NDArray, texture: Texture) -> NDArray:
     return nearby * (texture.sd**2 / usual)
 
 
-def _grain_in_fill(x: NDArray, weight: NDArray) -> NDArray:
+def _grain_in_fill(rest: NDArray, weight: NDArray) -> NDArray:
     """Return the variance that a fill has about its local mean, around each voxel.
 
     It is that of the whole hole: at its soft edge lies the tissue's own grain, which fades by itself.
     """
-    return _local_mean(_about_mean(x, weight) ** 2, weight >= 1, _AROUND)
-
-
-def _about_mean(x: NDArray, weight: NDArray) -> NDArray:
-    """Return an image less its local mean, to which CSF and background do not count: a wall is no grain."""
-    return x - _local_mean(x, (x >= FLUID) | (weight > 0), _SMOOTH)
+    return _local_mean(rest**2, weight >= 1, _AROUND)
 
 
 def _local_mean(x: NDArray, where: NDArray[np.bool_], width: float) -> NDArray:

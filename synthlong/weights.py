@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from synthlong.detection.networks import ConcatUNet, LongitudinalUNet, SegmentationUNet, SiameseUNet, sees
+from synthlong.differences import differences
 from synthlong.errors import InputError
 from synthlong.networks import UNet, UNetConfig, infer
 
@@ -180,23 +181,9 @@ def finished(out: Path, settings: dict[str, Any], *, part: str, task: str) -> di
 
 
 def differing(made: dict[str, Any], settings: dict[str, Any]) -> str:
-    """Return in words which settings differ from those made before; "": none."""
-    before, after = _flat({key: made.get(key) for key in settings}), _flat(settings)
-    other = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
-    said = [f"{key}: {_in_short(before.get(key))} -> {_in_short(after.get(key))}" for key in other[:_MOST_SAID]]
-    return "; ".join(said + [f"and {len(other) - _MOST_SAID} more"] * (len(other) > _MOST_SAID))
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _in_short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 24 else f"{text[:12]}..."
+    """Return in words which settings differ from those made before, the first of them; "": none."""
+    found = differences({key: made.get(key) for key in settings}, settings)
+    return "; ".join(found[:_MOST_SAID] + [f"and {len(found) - _MOST_SAID} more"] * (len(found) > _MOST_SAID))
 
 
 def read_weights(path: Path, *, task: str | tuple[str, ...], shipped: bool = True) -> tuple[UNet, str]:

@@ -20,6 +20,7 @@ import synthlong
 from synthlong.atlas import prior_path
 from synthlong.dataset.lock import LOCK
 from synthlong.dataset.shards import canonical_json, publish
+from synthlong.differences import differences
 from synthlong.errors import ConfigError, InputError, OutputError, short
 from synthlong.inpainting import Inpainter
 from synthlong.lesions import LesionBank
@@ -128,13 +129,7 @@ def adopt_plan(out: Path, plan: dict[str, Any]) -> None:
     old = read_plan(out)
     if old["run_id"] == plan["run_id"]:
         return
-    before, after = _flat(old), _flat(plan)
-    keys = sorted({*before, *after} - {"run_id", "source", "config_sha256"})
-    changed = [
-        f"{key}: {_shown(before.get(key))} -> {_shown(after.get(key))}"
-        for key in keys
-        if before.get(key) != after.get(key)
-    ]
+    changed = differences(_comparable(old), _comparable(plan))
     raise ConfigError(f"{out.name}: holds another run ({'; '.join(changed)}); use another folder")
 
 
@@ -239,18 +234,7 @@ def _relative(source: Path, out: Path) -> str | None:
     return path if path.count("..") <= 2 and not os.path.isabs(path) else None
 
 
-def _flat(plan: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in plan.items():
-        if key == "cases":
-            value = {case["subject"]: case["sources"] for case in value}
-        if isinstance(value, dict):
-            result |= _flat(value, f"{prefix}{key}.")
-        else:
-            result[prefix + key] = value
-    return result
-
-
-def _shown(value: Any) -> str:
-    text = "none" if value is None else str(value)
-    return text if len(text) <= 24 else text[:12] + "..."
+def _comparable(plan: dict[str, Any]) -> dict[str, Any]:
+    """Return what a message can say of a plan: its id and the config's hash differ whenever anything does."""
+    rest = {key: value for key, value in plan.items() if key not in ("run_id", "source", "config_sha256")}
+    return {**rest, "cases": {case["subject"]: case["sources"] for case in plan["cases"]}}

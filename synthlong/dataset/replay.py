@@ -13,6 +13,7 @@ import synthlong
 from synthlong.dataset.cases import check_assets, synthesis_of
 from synthlong.dataset.plan import environment, read_plan, source_of
 from synthlong.dataset.shards import IMAGES, VOLUMES, ShardDataset
+from synthlong.dataset.writer import image_as_stored
 from synthlong.errors import ConfigError, InputError, InputWarning, SynthlongError
 from synthlong.inpainting import heal
 from synthlong.manifest import find_cases
@@ -85,7 +86,8 @@ def _compare(pair: Pair, stored: dict[str, Any], run: Path, number: int, plan: d
     made_by, apart = plan["versions"]["synthlong"], 0.0
     for name in VOLUMES:
         made, kept = getattr(pair, name), stored[name][0].numpy()
-        made = made.astype(np.float16).astype(np.float32) if name in IMAGES else made
+        if name in IMAGES:
+            made = image_as_stored(made, f"pair {number}: {name}").astype(np.float32)
         if np.array_equal(made, kept):
             continue
         if made_by != synthlong.__version__:

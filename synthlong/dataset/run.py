@@ -20,8 +20,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from synthlong.case import Case
 from synthlong.dataset.cases import Preparation, case_folder, check_assets, kept_synthesis, prepare_cases, synthesis_of
 from synthlong.dataset.index import Index, found_files, planned_shards, read_sidecar, recorded_samples
@@ -41,6 +39,7 @@ from synthlong.dataset.plan import (
 from synthlong.dataset.pool import LocalPool, Lost, Pool, count, stop_if_told
 from synthlong.dataset.reader import ShardReader
 from synthlong.dataset.shards import (
+    IMAGES,
     Sample,
     ShardDataset,
     canonical_json,
@@ -50,6 +49,7 @@ from synthlong.dataset.shards import (
     write_shard,
 )
 from synthlong.dataset.store import open_case
+from synthlong.dataset.writer import image_as_stored
 from synthlong.errors import ConfigError, InputError, OutputError
 from synthlong.manifest import find_cases
 from synthlong.networks import settled
@@ -312,7 +312,7 @@ def _make_shard(task: _Shard) -> tuple[int, dict[str, Any]]:
         stop_if_told()
         case = _opened(case_folder(task.out / "work", cases[k % len(cases)]["subject"]), task.config)
         recipe = draw_recipe(case, task.config, rng_of(plan["seed"], case.id, k))
-        samples.append(_sample(render(case, recipe, painter=painter, bank=bank), patient))
+        samples.append(_sample(render(case, recipe, painter=painter, bank=bank), patient, k))
         count()
     sidecar = write_shard(
         task.out,
@@ -326,12 +326,10 @@ def _make_shard(task: _Shard) -> tuple[int, dict[str, Any]]:
     return task.number, sidecar
 
 
-def _sample(pair: Pair, patient: str) -> Sample:
-    with np.errstate(over="ignore"):  # the writer names what is too large
-        baseline, followup = pair.baseline.astype(np.float16), pair.followup.astype(np.float16)
+def _sample(pair: Pair, patient: str, index: int) -> Sample:
+    images = {name: image_as_stored(getattr(pair, name), f"pair {index} ({patient}): {name}") for name in IMAGES}
     return Sample(
-        baseline=baseline,
-        followup=followup,
+        **images,
         new_lesions=pair.new_lesions,
         evolution=pair.evolution,
         lesions_baseline=pair.lesions_baseline,

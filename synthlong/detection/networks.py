@@ -67,7 +67,7 @@ def sees(window: int, config: UNetConfig) -> bool:
 class LongitudinalUNet(_LogitUNet):
     """New lesions of two visits.
 
-    A whole brain is seen in windows of `window` voxels a side; weights carry their own, see `inference`.
+    A whole brain is seen in windows of `window` voxels a side; weights carry their own, see `sliding`.
     """
 
     window: int

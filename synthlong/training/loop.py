@@ -242,8 +242,12 @@ def fit(model: Training, out: Path, *, card: dict[str, Any], tensorboard: bool =
                 if model.stopped_by:
                     signal.raise_signal(model.stopped_by[0])  # whose handler is again that of the caller
                 raise KeyboardInterrupt from stop
-            figures: dict[str, Any] = {"curve": model.curve, "best": model.best_point, "train": config.as_dict()}
-            figures |= {"seconds": model.seconds()}
+            figures = {
+                "curve": model.curve,
+                "best": model.best_point,
+                "train": config.as_dict(),
+                "seconds": model.seconds(),
+            }
             if trainer.is_global_zero:
                 model.network.load_state_dict(model.best)
                 write_weights(out, model.network, task=model.network.task, card={**card, **model.about, **figures})

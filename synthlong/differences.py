@@ -1,0 +1,28 @@
+"""What differs between two plans, configs or settings, in words for a message."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["differences"]
+
+_LONGEST = 24
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Return `key: old -> new` of each value that differs, of nested ones `table.key`, in the order of the keys."""
+    old, new = _flat(before), _flat(after)
+    keys = sorted({*old, *new})
+    return [f"{k}: {_shown(old.get(k))} -> {_shown(new.get(k))}" for k in keys if old.get(k) != new.get(k)]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _shown(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= _LONGEST else f"{text[:12]}..."
