@@ -34,7 +34,7 @@ from synthlong.recipe import Recipe
 from synthlong.resampling import SHIFT_REACH, shifted
 from synthlong.tissue import GRAY
 
-__all__ = ["Painter", "Pair", "painter_of", "render"]
+__all__ = ["MOVING", "Painter", "Pair", "painter_of", "render"]
 
 STABLE, NEW, VANISHED, ENLARGED, SHRUNK = 1, 2, 3, 4, 5
 
@@ -45,7 +45,7 @@ _PAD = REACH + 2
 _BEYOND = SHIFT_REACH + 2
 """How far beyond a box a shift and the edges of flow look."""
 
-_MOVING = 8
+MOVING = 8
 """How far beyond a box motion looks: what moves into it is the head around it, not nothing."""
 
 
@@ -172,7 +172,7 @@ def render(
 
 
 def _margin_of(steps: tuple[Any, ...]) -> int:
-    return _MOVING if any(name == "KSpaceMotion" for name, _ in steps) else 0
+    return MOVING if any(name == "KSpaceMotion" for name, _ in steps) else 0
 
 
 def _widened(region: tuple[slice, ...], margin: int) -> tuple[slice, ...]:

@@ -99,9 +99,14 @@ def test_whole_scans(scans):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", InputWarning)
         patches = read_patches(scans, side=16, split="train", fold=0, folds=3)
+        wider = read_patches(scans, side=16, split="train", fold=0, folds=3, margin=6)
     baseline, followup, new = patches.draw(np.random.default_rng(0), 8, 4)
     assert new[:4].any(axis=(1, 2, 3, 4)).all()
     assert baseline.shape == (8, 1, 16, 16, 16)
+    with_surroundings = wider.draw(np.random.default_rng(0), 8, 4)
+    for bare, wide in zip((baseline, followup, new), with_surroundings, strict=True):
+        assert np.array_equal(bare, wide[..., 6:-6, 6:-6, 6:-6])
+    assert with_surroundings[0][..., :6].any()
     change = followup - baseline
     assert change[new > 0].mean() > np.abs(change[new == 0]).mean()
     visit = patches._scans[0].visits[1]

@@ -170,9 +170,35 @@ def test_orientation_and_acquisition_are_those_drawn(run):
         assert np.array_equal(made[0], acquire(x, steps=steps, affine=affine).numpy())
 
 
+def test_what_lies_beyond_a_patch_moves_into_it():
+    class Whole:
+        """A patch of 16 voxels in the middle of a scan, alone or with the 8 around it."""
+
+        subjects = ()
+
+        def __init__(self, margin):
+            self.margin = margin
+
+        def draw(self, rng, count, positive):
+            scan = np.full((count, 1, 32, 32, 32), 1, np.float32)
+            scan[:, :, 8:24, 8:24, 8:24] = 2
+            inner = slice(8 - self.margin, 24 + self.margin)
+            visit = scan[:, :, inner, inner, inner].copy()
+            return visit, (visit == 2).astype(np.uint8)
+
+    config = {"artifacts": "kamraoui", "orientations": "all"}
+    bare, whole = (AugmentedPatches(Whole(m), **config).draw(rng_at(0, 0, 1), 8, 0) for m in (0, 8))
+    assert bare[0].shape == whole[0].shape == (8, 1, 16, 16, 16)
+    assert whole[1].all()
+    assert whole[0].min() > bare[0].min()
+    plain = {"artifacts": "none", "orientations": "all"}
+    bare, whole = (AugmentedPatches(Whole(m), **plain).draw(rng_at(0, 0, 1), 8, 0) for m in (0, 8))
+    assert all(np.array_equal(one, other) for one, other in zip(bare, whole, strict=True))
+
+
 def test_background_stays_0_and_nothing_drawn_changes_nothing(run):
     class Half:
-        subjects = ()
+        subjects, margin = (), 0
 
         def draw(self, rng, count, positive):
             visit = np.ones((count, 1, 8, 8, 8), np.float32)

@@ -2,7 +2,8 @@
 
     patch -> one orientation for its visits and its mask -> an acquisition of each visit's own -> background 0
 
-As for synthetic pairs: `draw_orientation`, `artifacts.RandomAcquisition`.
+As for synthetic pairs: `draw_orientation`, `artifacts.RandomAcquisition`. What the patches bring with them beyond their
+faces (`Patches.margin`) is acquired, too, then left out: what moves in is the head around them, not nothing.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class AugmentedPatches:
         orientations: "all" 48, "mirror" (left-right) or "none".
     """
 
+    margin = 0
+
     def __init__(self, patches: Patches, *, artifacts: Any, orientations: str) -> None:
         self._patches, self.subjects, self._orientations = patches, patches.subjects, orientations
         self._artifacts = artifacts
@@ -51,4 +54,6 @@ class AugmentedPatches:
             for visit in visits:
                 steps = self._acquisition.draw_params(rng)["steps"]
                 visit[n] = acquire(torch.from_numpy(visit[n]), steps=steps, affine=affine, zero_background=True).numpy()
-        return drawn
+        beyond = self._patches.margin
+        inner = (slice(None), slice(None), *(slice(beyond, n - beyond) for n in truth.shape[2:]))
+        return tuple(np.ascontiguousarray(volumes[inner]) for volumes in drawn)

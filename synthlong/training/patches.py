@@ -29,6 +29,7 @@ from synthlong.detection.networks import ConcatUNet, LongitudinalUNet, Segmentat
 from synthlong.detection.visits import in_common_brain, read_pair
 from synthlong.errors import ConfigError, InputError, InputWarning
 from synthlong.hole import grown_box
+from synthlong.inpainting import crop
 from synthlong.manifest import CaseFiles, find_cases, manifest_rows
 from synthlong.nifti import read_nifti
 from synthlong.recipe import Recipe
@@ -48,9 +49,10 @@ _OTHER_FOLDS = "choose another number of folds, or add patients"
 
 
 class Patches(Protocol):
-    """Patches of some patients."""
+    """Patches of some patients; `margin`: what is drawn is larger by so many voxels on each face."""
 
     subjects: list[str]
+    margin: int
 
     def draw(self, rng: np.random.Generator, count: int, positive: int) -> Drawn:
         """Draw `count` patches, the first `positive` of them positive, the others uniform."""
@@ -68,6 +70,7 @@ def read_patches(
     folds: int,
     network: Network = ConcatUNet,
     prefer: str | None = None,
+    margin: int = 0,
 ) -> Patches:
     """Return the patches of a run's folder, or of whole scans.
 
@@ -80,6 +83,7 @@ def read_patches(
         folds: Number of parts.
         network: Whose intensities they have, and one visit or two.
         prefer: "sform" or "qform" where those of a scan disagree.
+        margin: Voxels around each patch that come with it, 0 beyond the scan; the boxes of shards have none.
 
     Raises:
         InputError: It cannot be read, or it has no new lesions or no uniform boxes.
@@ -89,13 +93,14 @@ def read_patches(
         raise InputError(source, "no such file or folder", "pass what `generate` wrote, or a manifest (CSV)")
     options: dict[str, Any] = {"side": side, "split": split, "fold": fold, "folds": folds}
     if issubclass(network, SegmentationUNet):
-        return ScanPatches(source, _visits(source, prefer), wanted="lesion", **options)
+        return ScanPatches(source, _visits(source, prefer), wanted="lesion", margin=margin, **options)
     if source.is_dir():
         if not (source / "run.json").exists():
             way = "pass what `synthlong generate` wrote, or a CSV of pairs: subject,baseline,followup,mask"
             raise InputError(source, "holds no run of pairs", way)
         return ShardPatches(source, z_scored=network is ConcatUNet, **options)
-    return ScanPatches(source, _pairs(source, network.normalised, prefer), wanted="new lesion", **options)
+    readers = _pairs(source, network.normalised, prefer)
+    return ScanPatches(source, readers, wanted="new lesion", margin=margin, **options)
 
 
 def check_folds(manifest: Path, folds: Sequence[int], *, of: int, prefer: str | None = None) -> None:
@@ -111,6 +116,8 @@ def check_folds(manifest: Path, folds: Sequence[int], *, of: int, prefer: str | 
 
 class ShardPatches:
     """Patches of a run; see `read_patches`. Recipes and masks of all samples are read once when it is made."""
+
+    margin = 0
 
     def __init__(
         self, out: Path, *, side: int, split: str | None, fold: int, folds: int, z_scored: bool = True
@@ -170,6 +177,7 @@ class ScanPatches:
         split: "train" or "validation"; None: all patients.
         fold: Part for validation.
         folds: Number of parts.
+        margin: Voxels around each patch that come with it.
     """
 
     def __init__(
@@ -182,9 +190,10 @@ class ScanPatches:
         split: str | None,
         fold: int,
         folds: int,
+        margin: int,
     ) -> None:
         chosen = subjects_of(split, sorted(readers), fold=fold, folds=folds)
-        self.subjects, self._side = sorted(chosen), side
+        self.subjects, self.margin, self._side = sorted(chosen), margin, side
         self._scans = [read() for subject in self.subjects for read in readers[subject]]
         for scans in self._scans:
             if min(scans.mask.shape) < side:
@@ -201,15 +210,17 @@ class ScanPatches:
 
     def draw(self, rng: np.random.Generator, count: int, positive: int) -> Drawn:
         """Draw patches; see `Patches.draw`."""
-        drawn = _room(count, self._side, visits=len(self._scans[0].visits))
+        whole = self._side + 2 * self.margin
+        drawn = _room(count, whole, visits=len(self._scans[0].visits))
         for n in range(count):
             among = self._positive if n < positive else self._scans
             scans = among[int(rng.integers(len(among)))]
             voxels = scans.voxels if n < positive else None
             patch = _draw_place(rng, self._side, scans.bounds, scans.mask.shape, voxels)
+            centre = tuple(p.start + self._side // 2 for p in patch)
             volumes: tuple[NDArray[Any], ...] = (*scans.visits, scans.mask)
             for room, volume in zip(drawn, volumes, strict=True):
-                room[n, 0] = volume[patch]
+                room[n, 0], _ = crop(volume, centre, whole)
         return drawn
 
 

@@ -17,6 +17,7 @@ from synthlong.dataset.plan import asset_hashes
 from synthlong.dataset.shards import subjects_of
 from synthlong.dataset.stream import PairStream
 from synthlong.manifest import CaseFiles, find_cases
+from synthlong.pair import MOVING
 from synthlong.training.ahead import Ahead
 from synthlong.training.augmented import AugmentedPatches
 from synthlong.training.patches import Drawn, Network
@@ -42,9 +43,10 @@ class DrawnPatches:
     """Patches drawn from shards or whole scans; those held out are not augmented."""
 
     def __init__(self, source: Path, config: StageConfig, network: Network, *, readers: int) -> None:
-        training, self._held_out, self.about = read_sides(source, config, network)
-        if isinstance(config, SegmentConfig | FinetuneConfig):
-            training = AugmentedPatches(training, artifacts=config.artifacts, orientations=config.orientations)
+        augmented = config if isinstance(config, SegmentConfig | FinetuneConfig) else None
+        training, self._held_out, self.about = read_sides(source, config, network, margin=MOVING if augmented else 0)
+        if augmented:
+            training = AugmentedPatches(training, artifacts=augmented.artifacts, orientations=augmented.orientations)
         self._training, self._config, self._readers = training, config, readers
 
     def batches(self, first: int, rank: int) -> Ahead:

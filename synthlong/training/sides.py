@@ -26,13 +26,20 @@ def rng_at(seed: int, step: int, which: int) -> np.random.Generator:
 
 
 def read_sides(
-    source: Path, config: TrainingConfig, network: Network = ConcatUNet
+    source: Path, config: TrainingConfig, network: Network = ConcatUNet, *, margin: int = 0
 ) -> tuple[Patches, Patches | None, dict[str, Any]]:
-    """Return the patches to learn from, those of the patients held out if there are any, and what they are in words."""
+    """Return the patches to learn from, those of the patients held out if there are any, and what they are in words.
+
+    Args:
+        source: See `read_patches`.
+        config: Side, folds, seed.
+        network: Whose intensities they have.
+        margin: Of the patches to learn from.
+    """
     options: dict[str, Any] = {"side": config.side, "fold": config.fold, "folds": config.folds, "network": network}
     options["prefer"] = config.prefer
     held_out = read_patches(source, split="validation", **options) if config.folds > 1 else None
-    training = read_patches(source, split="train" if held_out else None, **options)
+    training = read_patches(source, split="train" if held_out else None, margin=margin, **options)
     about = {"patients": training.subjects, "held_out": held_out.subjects if held_out else []}
     return training, held_out, {**about, "source": source_sha256(source, pairs=network is not SegmentationUNet)}
 
