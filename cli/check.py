@@ -10,7 +10,7 @@ from .options import Prefer
 
 
 def check(
-    cases: Path = typer.Argument(..., help="Manifest (CSV: subject,flair,mask[,t1,brain,tissue]) or folder of cases."),
+    cases: Path = typer.Argument(..., help="Manifest (CSV: subject,flair,mask[,session,...]) or folder of cases."),
     prefer: Prefer = typer.Option(None, help="Which of two disagreeing orientations to use."),
 ) -> None:
     """Read and validate every case: one line each; exit code 1 if one cannot be used."""
@@ -19,10 +19,10 @@ def check(
     from synthlong.derived import placements_of
     from synthlong.errors import InputError, InputWarning
     from synthlong.lesions import find_lesions
-    from synthlong.manifest import find_cases
+    from synthlong.manifest import find_cases, warn_of_twins
     from synthlong.synthesis import SynthesisConfig
 
-    failed = 0
+    failed, flairs = 0, {}
     for files in find_cases(cases, prefer=prefer.value if prefer else None):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", InputWarning)
@@ -33,6 +33,7 @@ def check(
                 failed += 1
                 typer.echo(f"FAIL  {files.subject}: {error}")
                 continue
+        flairs[files.subject] = case.sources["flair"]
         lesions = find_lesions(case.lesions, max_event_mm3=float("inf"))
         grid = " x ".join(str(n) for n in case.shape)
         volume_ml = lesions.volumes_mm3.sum() / 1000
@@ -40,4 +41,5 @@ def check(
         for warning in caught:
             if issubclass(warning.category, InputWarning):
                 typer.echo(f"      warning: {warning.message}")
+    warn_of_twins(flairs)
     raise typer.Exit(1 if failed else 0)

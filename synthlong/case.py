@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from synthlong.errors import InputError, InputWarning, short
 from synthlong.grid import SMALLEST_SIDE_MM, WorkingGrid
 from synthlong.hole import FLUID
 from synthlong.looks import check_looks
-from synthlong.mask import WRONG_MASK, check_binary, check_labels, check_mask, clip_to_brain, read_beside
+from synthlong.mask import WRONG_MASK, check_binary, check_csf, check_labels, check_mask, clip_to_brain, read_beside
 from synthlong.nifti import Volume, read_nifti, sidecar_of
 from synthlong.resampling import Native
 from synthlong.tissue import CSF, classify_tissue, fitted_tissue_maps
@@ -44,6 +45,7 @@ BRAIN_MODE = "BrainMode"
 
 _KNOT_GRID = 4096
 _MOST_CORNERS = 6
+_VISIT = re.compile("_(?:ses|run|acq|rec|ce|dir|echo|part)-")
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +100,6 @@ def read_case(
     mask: str | Path | None = None,
     *,
     subject: str | None = None,
-    t1: str | Path | None = None,
     brain: str | Path | None = None,
     tissue: str | Path | None = None,
     prefer: str | None = None,
@@ -112,7 +113,6 @@ def read_case(
         flair: FLAIR, NIfTI. Skull-stripped: without `brain`, its non-zero voxels are the brain.
         mask: Lesion mask on the same grid: zero, and one other value; None: no lesion is known.
         subject: Case id; default: the file name up to its first `_`, without `sub-`.
-        t1: T1-weighted scan on the same grid; checked only.
         brain: Brain mask on the same grid.
         tissue: Labels on the same grid (0 background, 1 CSF, 2 GM, 3 WM); default: ICBM maps and the scan.
         prefer: "sform" or "qform" where the two disagree.
@@ -125,7 +125,7 @@ def read_case(
     lesion = None if mask is None else read_beside(Path(mask), image, prefer=prefer)
     if lesion is not None:
         check_mask(lesion, image)
-    others = {"t1": t1, "brain": brain, "tissue": tissue}
+    others = {"brain": brain, "tissue": tissue}
     extra = {
         role: read_beside(Path(path), image, prefer=prefer, allow_empty=False)
         for role, path in others.items()
@@ -145,6 +145,7 @@ def read_case(
     labels = None
     if "tissue" in extra:
         check_labels(extra["tissue"])
+        check_csf(extra["tissue"], image)
         labels = grid.resample_labels(extra["tissue"].data)
     inside = np.zeros_like(brain_mask) if lesion is None else clip_to_brain(lesion, brain_mask)
     scan_mean, scan_sd = float(raw.mean(dtype=np.float64)), float(raw.std(dtype=np.float64))
@@ -264,8 +265,8 @@ def mode_of(values: NDArray[np.float32]) -> float:
 
 
 def patient_of(case_id: str) -> str:
-    """Return a case's patient: its id without the session."""
-    return case_id.split("_ses-")[0]
+    """Return a case's patient: its id without session, run, or how it was acquired, in BIDS' words."""
+    return _VISIT.split(case_id)[0]
 
 
 def _subject_of(path: Path) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from synthlong.errors import InputWarning, short
+from synthlong.errors import InputError, InputWarning, short
 from synthlong.tissue import is_whole, misplaced
 
 __all__ = ["BRAIN_ML", "check_looks", "is_stripped", "unlike_brain"]
@@ -17,6 +17,7 @@ __all__ = ["BRAIN_ML", "check_looks", "is_stripped", "unlike_brain"]
 BRAIN_ML = (700, 2200)
 """Volumes that whole brains have."""
 
+_ELSEWHERE_MM = 25
 _MOST_CUT = 0.05  # of a face of the grid: a brain stem may be cut there, a neck is wider
 
 
@@ -35,8 +36,11 @@ def check_looks(
     maps: tuple[NDArray[np.float32], ...],
     affine: NDArray[np.float64],
 ) -> None:
-    """Warn of scans that are probably not skull-stripped FLAIR in MNI space."""
+    """Warn of scans that are probably not skull-stripped FLAIR in MNI space; refuse those that lie elsewhere."""
     csf, gm, wm = maps
+    if (apart_mm := misplaced(brain, affine)) and apart_mm > _ELSEWHERE_MM:
+        problem = f"its middle lies {apart_mm:.0f} mm off that of the MNI brain"
+        raise InputError(path, problem, "register it to MNI152, as `synthlong prepare` does")
     if text := unlike_brain(values, brain, maps, affine):
         warnings.warn(f"{short(path)}: {text}", InputWarning, stacklevel=3)
     regions = [values[brain & (m > 0.95)] for m in (csf, gm, wm)]

@@ -8,7 +8,7 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,20 +16,19 @@ from synthlong.case import Case, mode_as_source, patient_of, read_case, stated_m
 from synthlong.errors import InputError, InputWarning, short
 from synthlong.preparation.derivatives import read_native, read_record
 
-__all__ = ["CaseFiles", "check_ids", "checked_id", "find_cases", "manifest_rows", "read_cases"]
+__all__ = ["CaseFiles", "check_ids", "checked_id", "find_cases", "manifest_rows", "read_cases", "warn_of_twins"]
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _NEEDED = ("flair", "mask")
-_OPTIONAL = ("t1", "brain", "tissue")
-_KNOWN = {"subject", *_NEEDED, *_OPTIONAL, "session", "new_lesions", "new_lesions_xfm"}
-_SPACE = "space-MNI152"
-_SUFFIXES = {
-    "flair": "FLAIR",
-    "mask": "desc-lesions_mask",
-    "t1": "T1w",
-    "brain": "desc-brain_mask",
-    "tissue": "dseg",
-    "healthy": "desc-healthy_FLAIR",
+_OPTIONAL = ("brain", "tissue")
+_KNOWN = {"subject", *_NEEDED, *_OPTIONAL, "session", "t1", "new_lesions", "new_lesions_xfm"}
+_IN_MNI = re.compile(r"(.+?)_space-MNI152[A-Za-z0-9]*_(?:res-[A-Za-z0-9]+_)?(.+)\.nii(?:\.gz)?")
+_ROLES = {
+    "FLAIR": "flair",
+    **dict.fromkeys(("desc-lesions_mask", "desc-lesion_mask", "label-lesions_mask", "label-lesion_mask"), "mask"),
+    "desc-brain_mask": "brain",
+    "dseg": "tissue",
+    "desc-healthy_FLAIR": "healthy",
 }
 
 
@@ -41,7 +40,6 @@ class CaseFiles:
         subject: Its id, with `_ses-N` where there are several visits.
         flair: FLAIR, as are the others an argument of `read_case`.
         mask: Lesion mask.
-        t1: T1-weighted scan.
         brain: Brain mask.
         tissue: Labels.
         healthy: The FLAIR without its lesions, as `prepare` wrote it.
@@ -51,7 +49,6 @@ class CaseFiles:
     subject: str
     flair: Path
     mask: Path
-    t1: Path | None = None
     brain: Path | None = None
     tissue: Path | None = None
     healthy: Path | None = None
@@ -63,7 +60,6 @@ class CaseFiles:
             self.flair,
             self.mask,
             subject=self.subject,
-            t1=self.t1,
             brain=self.brain,
             tissue=self.tissue,
             prefer=self.prefer,
@@ -94,8 +90,9 @@ def find_cases(source: str | Path, *, prefer: str | None = None) -> list[CaseFil
     """List the cases of a manifest or a folder, sorted by id.
 
     Args:
-        source: CSV file with columns `subject,flair,mask[,session,t1,brain,tissue]`, paths relative to it;
-            or a folder of `sub-ID[_ses-N]_space-MNI152_{FLAIR,desc-lesions_mask,...}.nii.gz`.
+        source: CSV file with columns `subject,flair,mask[,session,brain,tissue]`, paths relative to it;
+            or a folder of `sub-ID[_ses-N]_space-MNI152_{FLAIR,desc-lesions_mask,...}.nii.gz`, at any depth; any
+            MNI152 template, lesion masks also as `label-lesion_mask`.
         prefer: "sform" or "qform" where a file's two disagree.
 
     Raises:
@@ -105,7 +102,7 @@ def find_cases(source: str | Path, *, prefer: str | None = None) -> list[CaseFil
     if source.is_dir():
         found = list(_in_folder(source))
         if not found:
-            problem = f"no sub-*_{_SPACE}_FLAIR.nii.gz with its lesion mask in it"
+            problem = "no sub-*_space-MNI152_FLAIR.nii.gz with its sub-*_space-MNI152_desc-lesions_mask.nii.gz in it"
             raise InputError(source, problem, "pass a manifest, or run `synthlong prepare`")
     elif source.exists():
         found = list(_in_manifest(source))
@@ -121,6 +118,16 @@ def read_cases(source: str | Path, *, prefer: str | None = None) -> Iterator[Cas
     """Yield the cases of a manifest or folder one by one, sorted by id."""
     for files in find_cases(source, prefer=prefer):
         yield files.read()
+
+
+def warn_of_twins(flairs: Mapping[str, str]) -> None:
+    """Warn of scans that are there under several ids; `flairs`: SHA-256 of the FLAIR, by id."""
+    by_scan: dict[str, list[str]] = {}
+    for one, sha256 in flairs.items():
+        by_scan.setdefault(sha256, []).append(one)
+    for ids in by_scan.values():
+        if len(ids) > 1:
+            warnings.warn(f"{', '.join(ids)}: one scan under {len(ids)} ids", InputWarning, stacklevel=3)
 
 
 def check_ids(source: Path, ids: Iterable[str]) -> None:
@@ -216,23 +223,20 @@ def _in_manifest(path: Path) -> Iterator[CaseFiles]:
 
 
 def _in_folder(folder: Path) -> Iterator[CaseFiles]:
-    def of(stem: str, suffix: str) -> Path | None:
-        names = [f"{stem}_{_SPACE}_{suffix}{ending}" for ending in (".nii.gz", ".nii")]
-        return next((folder / name for name in names if (folder / name).exists()), None)
-
-    stems = {p.name.split(f"_{_SPACE}_")[0] for p in folder.iterdir() if f"_{_SPACE}_" in p.name}
-    for stem in sorted(stems):
-        if not stem.startswith("sub-"):
-            if not stem.startswith("."):
-                text = f"{short(folder)}: {ascii(stem)[1:-1]} is skipped, its name does not start with 'sub-'"
-                warnings.warn(text, InputWarning, stacklevel=4)
+    found: dict[str, dict[str, list[Path]]] = {}
+    for path in sorted(folder.rglob("*_space-MNI152*.nii*")):
+        matched = _IN_MNI.fullmatch(path.name)
+        if matched is None or any(part.startswith(".") for part in path.relative_to(folder).parts):
             continue
-        files = {role: of(stem, suffix) for role, suffix in _SUFFIXES.items()}
-        if files["flair"] is None or files["mask"] is None:
-            lacking = "its FLAIR" if files["flair"] is None else "its lesion mask"
-            text = f"{short(folder)}: {ascii(stem)[1:-1]} is skipped, {lacking} is missing"
+        roles = found.setdefault(matched[1], {})
+        if role := _ROLES.get(matched[2]):
+            roles.setdefault(role, []).append(path)
+    for stem, roles in sorted(found.items()):
+        if problem := _problem_of(stem, roles):
+            text = f"{short(folder)}: {ascii(stem)[1:-1]} is skipped, {problem}"
             warnings.warn(text, InputWarning, stacklevel=4)
             continue
+        files = {role: path for role, (path,) in roles.items()}
         try:
             flags = (read_record(files["flair"]) or {}).get("flags")
         except InputError as error:
@@ -244,3 +248,16 @@ def _in_folder(folder: Path) -> Iterator[CaseFiles]:
             )
             warnings.warn(text, InputWarning, stacklevel=4)
         yield CaseFiles(checked_id(folder, stem), **files)  # type: ignore[arg-type]
+
+
+def _problem_of(stem: str, roles: dict[str, list[Path]]) -> str | None:
+    """Return why the files of a stem are no case, None if they are."""
+    if not stem.startswith("sub-"):
+        return "its name does not start with 'sub-'"
+    for role, what in (("flair", "its FLAIR"), ("mask", "its lesion mask")):
+        if role not in roles:
+            return f"{what} is missing"
+    for paths in roles.values():
+        if len(paths) > 1:
+            return f"it has several of a kind ({', '.join(path.name for path in paths)}); pass a manifest"
+    return None

@@ -30,14 +30,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from synthlong.errors import ConfigError, InputError, OutputError
 
-__all__ = ["Volume", "read_nifti", "sidecar_of", "write_nifti"]
+__all__ = ["TOLERANCE_MM", "Volume", "corner_distance_mm", "read_nifti", "sidecar_of", "write_nifti"]
+
+TOLERANCE_MM = 0.1
+"""How far two grids may lie apart at a corner and still be one: headers are rounded."""
 
 _LONGEST_SIDE = 2048
 _MOST_VOXELS = 10**9
 _MOST_EXTENSION_BYTES = 1 << 26  # between header and voxels
 _MOST_PADDING_BYTES = 1 << 16  # zeros after the voxels
 _BLOCK, _PIECE = 1 << 16, 1 << 20  # bytes read, and bytes inflated, at a time
-_TOLERANCE_MM = 0.1  # between sform and qform, at the grid's corners
 _GEOMETRY = (
     *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
     *("sform_code", "srow_x", "srow_y", "srow_z", "pixdim", "xyzt_units"),
@@ -153,7 +155,7 @@ def write_nifti(
     header["vox_offset"] = 352
     header.set_sform(affine, code)
     header.set_qform(affine, code)
-    if not _corner_distance_mm(data.shape, header.get_sform(), header.get_qform()) <= _TOLERANCE_MM:
+    if not corner_distance_mm(data.shape, header.get_sform(), header.get_qform()) <= TOLERANCE_MM:
         header["qform_code"] = 0
     if like is not None:
         for name in _GEOMETRY:
@@ -285,7 +287,7 @@ def _affine(path: Path, layout: _Layout, prefer: str | None) -> tuple[NDArray[np
         raise InputError(path, "its voxel sizes (pixdim) are not all positive", mend)
     affines = [header.get_sform() if form == "sform" else _qform(path, header, mend) for form in used]
     affine = np.asarray(affines[0] if affines else header.get_base_affine(), np.float64)
-    if len(affines) == 2 and not (off := _corner_distance_mm(layout.shape, *affines)) <= _TOLERANCE_MM:
+    if len(affines) == 2 and not (off := corner_distance_mm(layout.shape, *affines)) <= TOLERANCE_MM:
         problem = f"its sform and qform disagree by {off:.3g} mm"
         raise InputError(path, problem, "pass --prefer sform or --prefer qform, or correct its header")
     sides = np.linalg.norm(affine[:3, :3], axis=0)
@@ -310,7 +312,8 @@ def _qform(path: Path, header: Any, mend: str) -> NDArray[np.float64]:
     return affine
 
 
-def _corner_distance_mm(shape: tuple[int, ...], one: NDArray, other: NDArray) -> float:
+def corner_distance_mm(shape: tuple[int, ...], one: NDArray, other: NDArray) -> float:
+    """Return how far apart two affines put a grid's corner at most."""
     corners = np.indices((2, 2, 2)).reshape(3, 8) * (np.array(shape)[:, None] - 1)
     apart = np.asarray(one - other, np.float64)
     return float(np.linalg.norm(apart[:3, :3] @ corners + apart[:3, 3:], axis=0).max())
@@ -319,7 +322,7 @@ def _corner_distance_mm(shape: tuple[int, ...], one: NDArray, other: NDArray) ->
 def _voxels(path: Path, layout: _Layout, content: bytearray) -> NDArray[np.float32]:
     """Scale voxels in float64, slice by slice, and demand finite float32."""
     slope, inter = float(layout.header["scl_slope"]), float(layout.header["scl_inter"])
-    if slope == 0:  # NIfTI: not scaled
+    if slope == 0 or np.isnan(slope):  # NIfTI: not scaled; nibabel and ITK read NaN so, too
         slope, inter = 1.0, 0.0
     if not (np.isfinite(slope) and np.isfinite(inter)):
         raise InputError(path, f"its scaling is not finite ({slope:g}, {inter:g})", "correct its header")

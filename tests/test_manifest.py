@@ -6,7 +6,7 @@ import pytest
 
 from synthlong.atlas import ASSETS
 from synthlong.errors import InputError, InputWarning
-from synthlong.manifest import find_cases, manifest_rows, read_cases
+from synthlong.manifest import find_cases, manifest_rows, read_cases, warn_of_twins
 
 SPACE = "space-MNI152"
 
@@ -43,11 +43,11 @@ def refusal(source, *parts):
 
 
 def test_rows_become_cases_sorted_by_id_with_paths_beside_the_manifest(folder):
-    source = manifest(folder, "subject,flair,mask,t1\nsub-b,a.nii,m.nii,\nA1,a.nii,m.nii,a.nii\n")
+    source = manifest(folder, "subject,flair,mask,t1,brain\nsub-b,a.nii,m.nii,,\nA1,a.nii,m.nii,no.nii,a.nii\n")
     first, second = find_cases(source)
     assert (first.subject, second.subject) == ("A1", "b")
-    assert (first.flair, first.mask, first.t1) == (folder / "a.nii", folder / "m.nii", folder / "a.nii")
-    assert second.t1 is second.brain is second.tissue is None
+    assert (first.flair, first.mask, first.brain) == (folder / "a.nii", folder / "m.nii", folder / "a.nii")
+    assert second.brain is second.tissue is None
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_what_spreadsheets_and_editors_do_is_understood(folder, text, encoding):
     (case,) = find_cases(manifest(folder, text, encoding))
     assert case.subject == "x"
     assert (case.flair, case.mask) == (folder / "a.nii", folder / "m.nii")
-    assert case.t1 is case.brain is case.tissue is None
+    assert case.brain is case.tissue is None
 
 
 def test_extra_columns_are_named_and_ignored(folder):
@@ -208,6 +208,9 @@ def test_a_source_that_does_not_exist(folder):
 # --- folders
 
 
+KINDS = ("FLAIR", "desc-lesions_mask")
+
+
 def fill(folder, *names):
     for name in names:
         (folder / name.replace("SPACE", SPACE)).touch()
@@ -231,12 +234,42 @@ def test_a_folder_is_read_by_its_names(folder):
     a, b = find_cases(folder)
     assert (a.subject, b.subject, b.patient) == ("a", "b_ses-1", "b")
     assert a.flair.name == f"sub-a_{SPACE}_FLAIR.nii"
-    assert [p and p.name.split("152_")[1] for p in (a.t1, a.brain, a.tissue)] == [
-        "T1w.nii.gz",
+    assert [p and p.name.split("152_")[1] for p in (a.brain, a.tissue)] == [
         "desc-brain_mask.nii.gz",
         "dseg.nii.gz",
     ]
-    assert b.t1 is b.brain is b.tissue is None
+    assert b.brain is b.tissue is None
+
+
+def test_a_folder_is_read_as_deep_as_it_goes_and_in_other_tools_names(folder):
+    anat, unfinished = folder / "sub-a" / "ses-2" / "anat", folder / ".unfinished-c-1"
+    anat.mkdir(parents=True)
+    unfinished.mkdir()
+    for kind in ("FLAIR", "label-lesion_mask", "desc-brain_mask"):
+        (anat / f"sub-a_ses-2_space-MNI152NLin2009cAsym_res-1_{kind}.nii.gz").touch()
+        (unfinished / f"sub-c_{SPACE}_{kind}.nii.gz").touch()
+    (case,) = find_cases(folder)
+    assert (case.subject, case.patient) == ("a_ses-2", "a")
+    assert (case.flair.parent, case.mask.parent, case.brain.parent) == (anat, anat, anat)
+
+
+def test_two_files_of_a_kind_are_skipped_with_a_word(folder):
+    fill(folder, *(f"sub-{s}_SPACE_{e}.nii" for s in "ab" for e in ("FLAIR", "desc-lesions_mask")))
+    fill(folder, "sub-b_SPACE_label-lesion_mask.nii.gz")
+    with pytest.warns(InputWarning, match="sub-b is skipped, it has several of a kind .*; pass a manifest"):
+        (case,) = find_cases(folder)
+    assert case.subject == "a"
+
+
+def test_one_scan_under_two_ids_is_named():
+    with pytest.warns(InputWarning, match="^a, c: one scan under 2 ids$"):
+        warn_of_twins({"a": "0f", "b": "1f", "c": "0f"})
+    warn_of_twins({"a": "0f", "b": "1f"})
+
+
+def test_runs_and_acquisitions_are_of_one_patient(folder):
+    fill(folder, *(f"sub-p_{run}_SPACE_{e}.nii" for run in ("run-1", "acq-3D_run-2") for e in KINDS))
+    assert {case.patient for case in find_cases(folder)} == {"p"}
 
 
 @pytest.mark.parametrize(("lone", "lacking"), [("desc-lesions_mask", "its FLAIR"), ("FLAIR", "its lesion mask")])
@@ -289,7 +322,7 @@ def test_cases_are_read_one_by_one(folder, small_case, write_volume):
     assert set(first.sources) == {"flair", "mask"}
     second = next(cases)
     assert second.id == "q"
-    assert set(second.sources) == {"flair", "mask", "t1"}
+    assert set(second.sources) == {"flair", "mask"}
     assert np.array_equal(first.flair, second.flair)
     assert next(cases, None) is None
 

@@ -19,7 +19,7 @@ from synthlong.dataset.store import store_case, stored_stamp
 from synthlong.errors import InputError, InputWarning, OutputError, SynthlongError
 from synthlong.inpainting import Inpainter, heal
 from synthlong.lesions import LesionBank, read_bank
-from synthlong.manifest import CaseFiles
+from synthlong.manifest import CaseFiles, warn_of_twins
 from synthlong.painting import LesionPainter
 from synthlong.pair import Painter, painter_of
 from synthlong.synthesis import SynthesisConfig
@@ -80,6 +80,7 @@ def prepare_cases(
     done.sort(key=lambda p: p.files.subject)
     for text in (text for p in done for text in p.warnings):
         warnings.warn(text, InputWarning, stacklevel=3)
+    warn_of_twins({p.files.subject: p.sources["flair"] for p in done if p.failure is None})
     return [p for p in done if p.failure is None], {p.files.subject: p.failure for p in done if p.failure is not None}
 
 
