@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
-import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,8 +18,6 @@ from test_shards import JSONS, SIDE, TABLE, equal, flip_bit, make_sample, write_
 from synthlong.dataset.reader import ShardReader
 from synthlong.dataset.shards import Sample, ShardDataset, encode_shard
 from synthlong.errors import InputError, ShardCorruptError
-
-GOLDEN = Path(__file__).parent / "golden" / "0.1.0"
 
 
 def slow(path: Path, position: int) -> dict[str, np.ndarray]:
@@ -110,22 +106,7 @@ def test_a_sample_lies_in_one_piece(tmp_path: Path) -> None:
     assert ((start[:, 1:] - end[:, :-1]) < 4096).all()
 
 
-# Releases before this one
-
-
-def write_golden(out: Path) -> None:
-    """Make the shards that every later version must read; once for each release."""
-    write_run(out, shards=2, size=2, side=4)
-
-
-def test_shards_of_every_release_are_read() -> None:
-    dataset = ShardDataset(GOLDEN)
-    digest = hashlib.sha256()
-    for k in range(len(dataset)):
-        for name in TABLE:
-            digest.update(dataset[k][name].numpy().tobytes())
-        digest.update(dataset[k]["recipe"].encode())
-    assert (len(dataset), digest.hexdigest()) == (4, "b722de256b99479c7fbd7ccc6d592bbff2fecbafa74b9aacce0301423f84314d")
+# Releases after this one
 
 
 def test_a_newer_schema_names_the_version_it_needs(tmp_path: Path) -> None:
@@ -398,7 +379,3 @@ def test_a_user_block_is_refused(tmp_path: Path) -> None:
         assert file.userblock_size == 512
     with pytest.raises(ShardCorruptError, match="schema"):
         ShardReader(tmp_path / "0.h5")
-
-
-if __name__ == "__main__":  # python tests/test_reader.py OUT, with the release's version installed
-    write_golden(Path(sys.argv[1]))
