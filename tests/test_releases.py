@@ -11,12 +11,9 @@ from pathlib import Path
 
 import pytest
 
-import synthlong
 from synthlong.dataset.export import export_pairs
-from synthlong.dataset.replay import replay
 from synthlong.dataset.shards import ShardDataset
 from synthlong.dataset.verify import verify
-from synthlong.errors import InputError
 from synthlong.recipe import Recipe
 from synthlong.report import write_report
 
@@ -50,8 +47,3 @@ def test_a_run_of_an_earlier_release_is_read_checked_shown_and_exported(version:
     assert (tmp_path / "report.html").read_text().count("<figure") >= 2
     export_pairs(run, tmp_path / "nifti")
     assert len(list((tmp_path / "nifti").glob("sub-*/ses-*/anat/*_FLAIR.nii.gz"))) == 4
-
-
-def test_a_run_of_another_release_is_not_made_again_by_this_one() -> None:
-    with pytest.raises(InputError, match=rf"made by synthlong 0.3.0, this is {synthlong.__version__}; install that"):
-        replay(RUNS / "0.3.0", 0)

@@ -380,7 +380,7 @@ def test_a_full_disk_and_a_bad_case_leave_nothing(stream, manifest, tmp_path, mo
 
     with monkeypatch.context() as patch:
         patch.setattr("synthlong.dataset.store.np.save", full)
-        with pytest.raises(OutputError, match=r"No space left on device.*work="):
+        with pytest.raises(OutputError, match=r"No space left on device.*name another folder"):
             stream(work=tmp_path)
         patch.setattr("tempfile.tempdir", str(tmp_path))
         with pytest.raises(OutputError, match="No space left on device"):

@@ -13,9 +13,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from synthlong.dataset.plan import asset_hashes, environment
+from synthlong.dataset.plan import asset_hashes
 from synthlong.dataset.pool import Lost, Pool, count
-from synthlong.dataset.store import store_case, stored_stamp
+from synthlong.dataset.store import stamp_of, store_case, stored_stamp
 from synthlong.errors import InputError, InputWarning, OutputError, SynthlongError
 from synthlong.inpainting import Inpainter, heal
 from synthlong.lesions import LesionBank, read_bank
@@ -86,30 +86,23 @@ def prepare_cases(
 
 def prepare_case(task: Preparation) -> Preparation:
     """Prepare one case, unless it is there; return the task with its result filled in."""
-    stamp = {
-        "assets": task.assets,
-        "config": task.config.as_dict() | dict.fromkeys(task.assets),
-        "prefer": task.files.prefer,
-        **environment(task.config.device),
-    }
+
+    def stamp(sources: dict[str, str]) -> dict[str, Any]:
+        return stamp_of(task.files.subject, sources, task.config, task.assets, prefer=task.files.prefer)
+
     try:
         sources = task.files.hashes()
-        if stored_stamp(task.folder) == {**stamp, "sources": sources}:
+        if stored_stamp(task.folder) == stamp(sources):
             return replace(task, sources=sources)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", InputWarning)
             inpainter, _, _ = kept_synthesis(task.config)
             case = heal(task.files.read(), inpainter)
-        store_case(task.folder, case, task.config, stamp={**stamp, "sources": case.sources})
+        store_case(task.folder, case, task.config, stamp=stamp(case.sources))
     except OutputError:
         raise
     except SynthlongError as error:
         return replace(task, failure=str(error))
-    except OSError as error:
-        way = "free some space or a quota, then run the same command again"
-        raise OutputError(
-            task.folder, f"cannot be written ({error.strerror or 'no space left, or a limit on file sizes'})", way
-        ) from error
     finally:
         count()
     said = tuple(str(w.message) for w in caught if issubclass(w.category, InputWarning))

@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 
 from synthlong.case import Case
-from synthlong.dataset.plan import environment
 from synthlong.dataset.shards import canonical_json
-from synthlong.dataset.store import open_case, store_case, stored_stamp
+from synthlong.dataset.store import open_case, stamp_of, store_case, stored_stamp
 from synthlong.errors import ConfigError, InputError, OutputError
 from synthlong.manifest import CaseFiles, find_cases
 from synthlong.synthesis import SynthesisConfig
@@ -41,6 +40,7 @@ class PreparedCases:
         heal: Gives a case its healthy volume.
         work: Where; default: a temporary folder, removed with this object.
         begin: Which share of the cases to leave for last, 0 to 1: another for each process that shares the folder.
+        progress: Called as ("cases", done, total).
 
     Attributes:
         sha256: Of what all cases are made of.
@@ -59,6 +59,7 @@ class PreparedCases:
         heal: Callable[[Case], Case],
         work: str | Path | None = None,
         begin: float = 0,
+        progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
         found = _found(cases)
         self._config, self._folder = config, _folder(work)
@@ -67,18 +68,18 @@ class PreparedCases:
             weakref.finalize(self, _remove, self._folder, os.getpid())
         sources = {_id(one): _sources(one) for one in found}
         self.sha256 = plain_hash(sources)
-        common = {"assets": assets, "config": config.as_dict() | dict.fromkeys(assets), **environment(config.device)}
         stamps = [
-            {"id": _id(one), "sources": sources[_id(one)], "prefer": getattr(one, "prefer", None), **common}
-            for one in found
+            stamp_of(_id(one), sources[_id(one)], config, assets, prefer=getattr(one, "prefer", None)) for one in found
         ]
         self._names = [f"case-{plain_hash(stamp)}" for stamp in stamps]
         first = int(begin * len(found))
-        for n in (*range(first, len(found)), *range(first)):
+        for done, n in enumerate((*range(first, len(found)), *range(first)), start=1):
             folder, one = self._folder / self._names[n], found[n]
             if stored_stamp(folder) != stamps[n]:
                 case = _read(one, sources[_id(one)]) if isinstance(one, CaseFiles) else one
-                _store(folder, heal(case) if case.healthy is None else case, config, stamps[n])
+                store_case(folder, heal(case) if case.healthy is None else case, config, stamp=stamps[n])
+            if progress:
+                progress("cases", done, len(found))
 
     def __len__(self) -> int:
         return len(self._names)
@@ -156,14 +157,6 @@ def _folder(work: str | Path | None) -> Path:
         way = "name a folder that you may write to by work="
         raise OutputError(work or tempfile.gettempdir(), f"cannot be made ({error.strerror})", way) from error
     return Path(work).absolute()
-
-
-def _store(folder: Path, case: Case, config: SynthesisConfig, stamp: dict[str, Any]) -> None:
-    try:
-        store_case(folder, case, config, stamp=stamp)
-    except OSError as error:
-        problem = f"a prepared case cannot be written ({error.strerror or 'no space left'})"
-        raise OutputError(folder, problem, "free some space, or name another folder by work=") from error
 
 
 def _remove(folder: Path, process: int) -> None:

@@ -19,14 +19,39 @@ import numpy as np
 
 from synthlong.case import Case
 from synthlong.comparison import shapes_for
+from synthlong.dataset.plan import environment
 from synthlong.derived import bounds_of, histogram_of, lesions_of, placements_of, profiles_of
+from synthlong.errors import OutputError
 from synthlong.lesions import LesionMap, read_bank
 from synthlong.placement import PlacementMap, allowed_of
 from synthlong.synthesis import SynthesisConfig
 
-__all__ = ["open_case", "store_case", "stored_stamp"]
+__all__ = ["open_case", "stamp_of", "store_case", "stored_stamp"]
 
 _ARRAYS = ("flair", "lesions", "brain", "tissue", "healthy")
+
+
+def stamp_of(
+    case_id: str, sources: dict[str, str], config: SynthesisConfig, assets: dict[str, str], *, prefer: str | None
+) -> dict[str, Any]:
+    """Return all that a stored case depends on, plain JSON.
+
+    Args:
+        case_id: The case.
+        sources: SHA-256 of what it is made of.
+        config: Of the run.
+        assets: Result of `asset_hashes`; they stand for the paths in the config.
+        prefer: Which of two disagreeing orientations of its scan is used.
+    """
+    plain = config.as_dict() | dict.fromkeys(assets)
+    return {
+        "id": case_id,
+        "sources": sources,
+        "prefer": prefer,
+        "assets": assets,
+        "config": plain,
+        **environment(config.device),
+    }
 
 
 def store_case(folder: Path, case: Case, config: SynthesisConfig, *, stamp: dict[str, Any]) -> None:
@@ -36,14 +61,14 @@ def store_case(folder: Path, case: Case, config: SynthesisConfig, *, stamp: dict
         folder: Where; replaced if it exists.
         case: With its healthy volume.
         config: Of the run.
-        stamp: What the result depends on; `stored_stamp` gives it back.
+        stamp: See `stamp_of`; `stored_stamp` gives it back.
+
+    Raises:
+        OutputError: There is no space, or the folder may not be written.
     """
     lesions, places = lesions_of(case, config.max_event_mm3), placements_of(case, config)
     if config.painter == "copypaste":
         shapes_for(config.painter, case, lesions, read_bank())  # no case without a lesion to copy
-    own = f"{os.getpid()}-{secrets.token_hex(4)}"  # another process may be storing the same case
-    unfinished = folder.with_name(f"{folder.name}-{own}.unfinished")
-    unfinished.mkdir(parents=True)
     arrays = {name: getattr(case, name) for name in _ARRAYS}
     arrays |= {"labels": lesions.labels, "volumes_mm3": lesions.volumes_mm3, "mutable": lesions.mutable}
     arrays["profiles"] = profiles_of(case, config.max_event_mm3)
@@ -59,21 +84,31 @@ def store_case(folder: Path, case: Case, config: SynthesisConfig, *, stamp: dict
         "boxes": [[[s.start, s.stop] for s in box] for box in lesions.boxes],
         "stamp": stamp,
     }
+    own = f"{os.getpid()}-{secrets.token_hex(4)}"  # another process may be storing the same case
+    unfinished = folder.with_name(f"{folder.name}-{own}.unfinished")
     try:
+        unfinished.mkdir(parents=True)
         for name, array in arrays.items():
             with _synced(unfinished / f"{name}.npy") as file:
                 np.save(file, np.ascontiguousarray(array), allow_pickle=False)
         with _synced(unfinished / "case.json") as file:
             file.write(json.dumps(plain).encode())
-        try:
-            unfinished.rename(folder)
-        except OSError:
-            if stored_stamp(folder) == stamp:  # another was faster, and may have readers already
-                return
-            shutil.rmtree(folder, ignore_errors=True)
-            unfinished.rename(folder)
+        _put(unfinished, folder, stamp)
+    except OSError as error:
+        problem = f"a prepared case cannot be written ({error.strerror or 'no space left, or a limit on file sizes'})"
+        raise OutputError(folder, problem, "free some space or a quota and try again, or name another folder") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _put(unfinished: Path, folder: Path, stamp: dict[str, Any]) -> None:
+    try:
+        unfinished.rename(folder)
+    except OSError:
+        if stored_stamp(folder) == stamp:  # another was faster, and may have readers already
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
 
 
 @contextmanager

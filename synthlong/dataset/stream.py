@@ -66,6 +66,7 @@ class PairStream(IterableDataset[dict[str, Any]]):
         world_size: Number of ranks.
         work: Folder where prepared cases are kept and found again, 140 MB for a whole brain; what another config,
             version or machine prepared there is left alone. Default: a temporary one, removed with the stream.
+        progress: Called as ("cases", done, total) while cases are prepared.
 
     Raises:
         InputError: A case cannot be used.
@@ -86,6 +87,7 @@ class PairStream(IterableDataset[dict[str, Any]]):
         rank: int | None = None,
         world_size: int | None = None,
         work: str | Path | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
         for name, value, low in (("seed", seed, 0), ("pairs", pairs, 1), ("batch_size", batch_size, 1)):
             if value < low:
@@ -106,7 +108,9 @@ class PairStream(IterableDataset[dict[str, Any]]):
         self._synthesis: tuple[Inpainter, Painter, LesionBank] | None = None
         rank, ranks = self._ranks()
         with one_thread():
-            self._cases = PreparedCases(cases, config, self._assets, heal=self._heal, work=work, begin=rank / ranks)
+            self._cases = PreparedCases(
+                cases, config, self._assets, heal=self._heal, work=work, begin=rank / ranks, progress=progress
+            )
         own = plain_hash([config.as_dict(), self._assets])
         self._identity = {"cases": self._cases.sha256, "config": own}
 
