@@ -19,7 +19,7 @@ check: .venv/.dev  ## what CI runs
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
-bench: .venv/.dev
+bench: .venv/.bench
 	$(BIN)/python benchmarks/generate.py
 	$(BIN)/python benchmarks/artifacts.py
 	$(BIN)/python benchmarks/shards.py
@@ -39,3 +39,7 @@ clean:
 .venv/.dev: .venv/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@ .venv/.runtime
+
+.venv/.bench: .venv/.dev
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
+	@touch $@

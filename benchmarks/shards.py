@@ -1,6 +1,6 @@
 """Shards beside h5py, zarr, WebDataset and torch.save: reads a second, size, and what checks, writing and opening cost.
 
-    python benchmarks/shards.py [--pairs 96] [--repeats 5]        # pip install zarr webdataset
+    python benchmarks/shards.py [--pairs 96] [--repeats 5]        # pip install "synthlong[bench]"
 
 Real crops with artifacts, made by `generate` from the bundled scans. Every layout gives what `ShardDataset[i]` does:
 two float32 images, four uint8 masks, the recipe; all store the images as float16, and the files are in the page
@@ -40,7 +40,7 @@ try:
     import webdataset
     import zarr
 except ImportError as error:
-    sys.exit(f"{error}: the other layouts need `pip install zarr webdataset`")
+    sys.exit(f'{error}: the other layouts need `pip install "synthlong[bench]"`')
 
 SHARD_SIZE = 32
 JSONS: dict[str, Any] = {"config_json": '{"run_id":"benchmark"}', "versions_json": "{}"}
