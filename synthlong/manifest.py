@@ -115,7 +115,15 @@ def find_cases(source: str | Path, *, prefer: str | None = None) -> list[CaseFil
 
 
 def read_cases(source: str | Path, *, prefer: str | None = None) -> Iterator[Case]:
-    """Yield the cases of a manifest or folder one by one, sorted by id."""
+    """Yield the cases of a manifest or folder one by one, sorted by id, each read when its turn comes.
+
+    Args:
+        source: See `find_cases`.
+        prefer: "sform" or "qform" where a file's two disagree.
+
+    Raises:
+        InputError: See `find_cases`; or a case cannot be used.
+    """
     for files in find_cases(source, prefer=prefer):
         yield files.read()
 

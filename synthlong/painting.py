@@ -31,7 +31,7 @@ _LEAST = 0.75
 
 
 class LesionPainter(TrainedNetwork):
-    """The network that adds lesions."""
+    """The network that adds lesions; see `paint`. `LesionPainter.read()` gives the shipped one."""
 
     task = "generator"
 

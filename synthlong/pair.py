@@ -23,18 +23,18 @@ from synthlong.derived import lesions_of
 from synthlong.errors import InputError
 from synthlong.event import LesionEvent
 from synthlong.flow import flow_field, flow_weight
+from synthlong.frame import Frame, acquired, on_grid, widened
 from synthlong.hole import REACH, faded, soft_hole
 from synthlong.inpainting import crop
 from synthlong.lesions import LesionBank, LesionMap, core, read_bank
-from synthlong.orientation import Orientation
 from synthlong.placement import allowed_of, site_mask
 from synthlong.profile import Profile
 from synthlong.protocol import toned
 from synthlong.recipe import Recipe
-from synthlong.resampling import SHIFT_REACH, shifted
+from synthlong.resampling import shifted
 from synthlong.tissue import GRAY
 
-__all__ = ["MOVING", "Painter", "Pair", "painter_of", "render"]
+__all__ = ["Painter", "Pair", "painter_of", "render"]
 
 STABLE, NEW, VANISHED, ENLARGED, SHRUNK = 1, 2, 3, 4, 5
 
@@ -42,11 +42,6 @@ _CONTEXTS = (32, 48, 64)
 _CONTEXT_MARGIN = 6
 _PROTECTED = 1.5
 _PAD = REACH + 2
-_BEYOND = SHIFT_REACH + 2
-"""How far beyond a box a shift and the edges of flow look."""
-
-MOVING = 8
-"""How far beyond a box motion looks: what moves into it is the head around it, not nothing."""
 
 
 class Painter(Protocol):
@@ -111,18 +106,13 @@ def render(
         raise InputError(case.id, f"the recipe is for case '{recipe.case_id}'", "render it with that case")
     if case.healthy is None:
         raise InputError(case.id, "its healthy volume is missing", "make it with `inpainting.heal(case, inpainter)`")
-    start = (0, 0, 0) if whole else recipe.box.start
-    shape = case.shape if whole else (recipe.box.size,) * 3
-    region = tuple(slice(s, s + n) for s, n in zip(start, shape, strict=True))
-    artifacts = recipe.artifacts
+    artifacts, frame = recipe.artifacts, Frame.of(case, recipe, whole=whole)
     steps = (artifacts.baseline, artifacts.followup)
     scans = [_Scan(case.flair, case.healthy)] * 2
     if artifacts.before_editing:
-        scans = [_Scan(*(_acquired(x, s, case.affine) for x in scan)) for scan, s in zip(scans, steps, strict=True)]
-    margins = [0 if whole or artifacts.before_editing else _margin_of(s) for s in steps]
-    reach = max(_BEYOND if any(recipe.offset_mm) or any(brighter for _, brighter in recipe.flow) else 0, *margins)
-    wide = _on_grid(_widened(region, reach), case.shape)
-    scene = _Scene(case, scans, wide)
+        scans = [_Scan(*(acquired(x, s, case.affine) for x in scan)) for scan, s in zip(scans, steps, strict=True)]
+        steps = ((), ())
+    scene = _Scene(case, scans, frame.wide)
     lesions = lesions_of(case, recipe.max_event_mm3)
     scene.put_back_real(lesions, recipe.events)
     synthetic = [e for e in recipe.events if e.source == "synthetic"]
@@ -133,62 +123,21 @@ def render(
         scene.add_synthetic(
             event, allowed_of(case, recipe.margin), painter or painter_of(recipe.painter), shapes, copied
         )
-    turn, back = recipe.orientation, Orientation()
-    if whole and tuple(case.shape[a] for a in turn.axes) != case.shape:
-        turn, back = back, turn.inverse
-
-    def affine_of(part: tuple[slice, ...], turn: Orientation) -> NDArray[np.float64]:
-        affine = case.affine.copy()
-        affine[:3, 3] += affine[:3, :3] @ np.array([s.start for s in part], float)
-        return turn.apply_affine(affine, tuple(s.stop - s.start for s in part))
-
-    def finish(array: NDArray) -> NDArray:
-        return turn.apply(_cut_out(array, wide, region))
-
-    def finish_visit(image: NDArray, steps: tuple[Any, ...], margin: int) -> NDArray:
-        if artifacts.before_editing or not steps:
-            return finish(image)
-        part = _widened(region, margin)
-        turned = recipe.orientation.apply(_cut_out(image, wide, part))
-        acquired = back.apply(_acquired(turned, steps, affine_of(part, recipe.orientation)))
-        return np.ascontiguousarray(acquired[tuple(slice(margin, n - margin) for n in acquired.shape)])
-
     scene.brighten_fluid(recipe.flow)
     (first, last), evolution = scene.visits, scene.evolution
     if any(recipe.offset_mm):
         first = shifted(first, recipe.offset_mm)
-    brain = case.brain[wide] > 0
+    brain = case.brain[frame.wide] > 0
     first, last = (toned(v, tone, brain | (v > 0)) for v, tone in zip((first, last), recipe.tones, strict=True))
     return Pair(
-        baseline=finish_visit(first, steps[0], margins[0]),
-        followup=finish_visit(last, steps[1], margins[1]),
-        new_lesions=finish((evolution == NEW).astype(np.uint8)),
-        evolution=finish(evolution),
-        lesions_baseline=finish(scene.lesions[0].astype(np.uint8)),
-        lesions_followup=finish(scene.lesions[1].astype(np.uint8)),
-        affine=affine_of(region, turn),
+        baseline=frame.acquire(first, steps[0], visit=0),
+        followup=frame.acquire(last, steps[1], visit=1),
+        new_lesions=frame.cut((evolution == NEW).astype(np.uint8)),
+        evolution=frame.cut(evolution),
+        lesions_baseline=frame.cut(scene.lesions[0].astype(np.uint8)),
+        lesions_followup=frame.cut(scene.lesions[1].astype(np.uint8)),
+        affine=frame.affine,
         recipe=recipe,
-    )
-
-
-def _margin_of(steps: tuple[Any, ...]) -> int:
-    return MOVING if any(name == "KSpaceMotion" for name, _ in steps) else 0
-
-
-def _widened(region: tuple[slice, ...], margin: int) -> tuple[slice, ...]:
-    return tuple(slice(r.start - margin, r.stop + margin) for r in region)
-
-
-def _on_grid(region: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
-    return tuple(slice(max(r.start, 0), min(r.stop, n)) for r, n in zip(region, shape, strict=True))
-
-
-def _cut_out(array: NDArray, part: tuple[slice, ...], region: tuple[slice, ...]) -> NDArray:
-    """Return a region of the grid from an array of a part of it; 0 where that part, and so the grid, ends."""
-    inner = [slice(max(r.start, p.start), min(r.stop, p.stop)) for r, p in zip(region, part, strict=True)]
-    beyond = [(i.start - r.start, r.stop - i.stop) for i, r in zip(inner, region, strict=True)]
-    return np.pad(
-        array[tuple(slice(i.start - p.start, i.stop - p.start) for i, p in zip(inner, part, strict=True))], beyond
     )
 
 
@@ -197,16 +146,6 @@ class _Scan(NamedTuple):
 
     flair: NDArray[np.float32]
     healthy: NDArray[np.float32]
-
-
-def _acquired(image: NDArray[np.float32], steps: tuple[Any, ...], affine: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Return the image with its artifacts and a background of 0: scans are skull-stripped after acquisition."""
-    import torch
-
-    from synthlong.artifacts import acquire
-
-    x = torch.from_numpy(np.require(image, requirements=("C", "W")))
-    return acquire(x, steps=steps, affine=affine, zero_background=True).numpy()
 
 
 class _Scene:
@@ -237,7 +176,7 @@ class _Scene:
         if real.keys() != set(range(1, len(lesions) + 1)):
             problem = f"it has {len(lesions)} lesions, the recipe speaks of {len(real)}"
             raise InputError(case.id, problem, "render the scan and mask that the recipe was drawn from")
-        wide = _on_grid(_widened(self.region, _PAD), case.shape)
+        wide = on_grid(widened(self.region, _PAD), case.shape)
         labels = lesions.labels[wide]
         if not labels.any():
             return

@@ -172,7 +172,13 @@ class Recipe:
 
 
 def rng_of(seed: int, case_id: str, k: int) -> np.random.Generator:
-    """Return the generator of pair k: any worker on any machine draws the same recipe from it."""
+    """Return the generator of a pair: any worker on any machine draws the same recipe from it.
+
+    Args:
+        seed: Of the run, 0 or more.
+        case_id: The pair's case.
+        k: Number of the pair in the run, from 0 on.
+    """
     key = int.from_bytes(hashlib.sha256(case_id.encode()).digest()[:8], "little")
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(key, k)))
 
@@ -184,6 +190,9 @@ def draw_recipe(case: Case, config: SynthesisConfig, rng: np.random.Generator) -
         case: The case.
         config: How pairs are drawn.
         rng: Source of all randomness; see `rng_of`.
+
+    Raises:
+        InputError: The case has no place for a synthetic lesion; the config's prior or lesion bank cannot be used.
     """
     lesions = lesions_of(case, config.max_event_mm3)
     events, masks = draw_events(rng, config, case, lesions)

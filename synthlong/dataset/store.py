@@ -96,7 +96,7 @@ def store_case(folder: Path, case: Case, config: SynthesisConfig, *, stamp: dict
         _put(unfinished, folder, stamp)
     except OSError as error:
         problem = f"a prepared case cannot be written ({error.strerror or 'no space left, or a limit on file sizes'})"
-        raise OutputError(folder, problem, "free some space or a quota and try again, or name another folder") from error
+        raise OutputError(folder, problem, "free some space or a quota, or name another folder") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

@@ -83,7 +83,13 @@ class LongitudinalUNet(_LogitUNet):
 
 
 class ConcatUNet(LongitudinalUNet):
-    """Both visits as channels, each z-scored by its own mean and standard deviation over the MNI grid."""
+    """Both visits as channels, each z-scored by its own mean and standard deviation over the MNI grid.
+
+    The U-Net of Schmidt-Mengin et al. 2022, doi 10.3389/fnins.2022.1004050: 16, 32 and 64 channels, windows of 32^3.
+
+    Args:
+        config: Its size; None: that of the paper.
+    """
 
     task = "concat"
     channels = 2
@@ -117,7 +123,11 @@ class _Merge(nn.Conv3d):
 class SiameseUNet(LongitudinalUNet):
     """One encoder for both visits, brain mode 1; a 1x1x1 convolution a level brings both visits' features together.
 
-    The way up and the skip connections see the merged features only.
+    The way up and the skip connections see the merged features only. After Kamraoui et al. 2022, section 2.2.1, doi
+    10.3389/fnimg.2022.948235; windows of 64^3.
+
+    Args:
+        config: Its size; None: that of `ConcatUNet`.
     """
 
     task = "siamese"

@@ -16,8 +16,8 @@ from torch import Tensor
 from synthlong.dataset.plan import asset_hashes
 from synthlong.dataset.shards import subjects_of
 from synthlong.dataset.stream import PairStream
+from synthlong.frame import MOVING
 from synthlong.manifest import CaseFiles, find_cases
-from synthlong.pair import MOVING
 from synthlong.training.ahead import Ahead
 from synthlong.training.augmented import AugmentedPatches
 from synthlong.training.patches import Drawn, Network
