@@ -6,6 +6,7 @@ import inspect
 from base64 import b64encode
 from collections.abc import Iterator
 from html import escape
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,9 @@ from numpy.typing import NDArray
 
 import synthlong.artifacts as library
 from synthlong.artifacts.base import RandomArtifact, axial_axis, spacing_of
-from synthlong.case import mode_of
+from synthlong.case import background_of, mode_of
 from synthlong.dataset.writer import publish
 from synthlong.errors import ConfigError, InputError
-from synthlong.looks import is_stripped
 from synthlong.nifti import Volume, read_nifti, write_nifti
 from synthlong.pictures import Picture, gray_pixels, png_bytes, upright
 
@@ -39,6 +39,8 @@ ARTIFACTS: dict[str, type[RandomArtifact]] = {
 """Name on the command line -> transform."""
 
 _ROUNDS = 20
+_MOST_NEGATIVE = 0.01
+_CORNER = 3
 _COLUMNS = 4
 
 
@@ -54,7 +56,8 @@ def augment(
     """Write a scan with one artifact: float32, with the header's geometry kept digit by digit.
 
     Intensities are divided by the scan's mode first and multiplied by it again, so that a noise's SD means the same
-    on every scan. Around a brain that is skull-stripped the background is set to 0 again.
+    on every scan. Where a corner of the grid is empty, as around a skull-stripped brain or in a box that reaches
+    beyond one, the background is made even again.
 
     Args:
         scan: NIfTI file, 3-D.
@@ -81,8 +84,9 @@ def augment(
     unit = _unit_of(volume)
     params = transform.draw_params(np.random.default_rng(np.random.SeedSequence(seed)))
     changed = _applied(transform, params, volume, unit) * unit
-    if is_stripped(volume.data, volume.voxel_mm3):
-        changed = np.where(volume.data == 0, 0, changed)
+    empty = volume.data == background_of(volume)
+    if any(empty[corner].all() for corner in product(*[(slice(_CORNER), slice(-_CORNER, None))] * 3)):
+        changed = np.where(empty, volume.data, changed)
     write_nifti(out, changed.astype(np.float32, copy=False), volume.affine, like=volume)
     return params
 
@@ -160,9 +164,12 @@ def _unit_of(volume: Volume) -> float:
     """Return the mode of the scan's tissue: of what is brighter than air, and than fluid in a stripped brain.
 
     The bound lies halfway between the means of what is darker and what is brighter (Ridler and Calvard 1978, doi
-    10.1109/TSMC.1978.4310039); background that is exactly 0 has no say.
+    10.1109/TSMC.1978.4310039); an even background has no say.
     """
-    tissue = volume.data[volume.data != 0]
+    tissue = volume.data[volume.data != background_of(volume)]
+    if (negative := float((tissue < 0).mean())) > _MOST_NEGATIVE:
+        problem = f"{negative:.0%} of its voxels are negative: its intensities have no zero to scale by"
+        raise InputError(volume.path, problem, "give the scan as it was before z-scoring")
     bound = tissue.mean(dtype=np.float64)
     for _ in range(_ROUNDS):
         bright = tissue > bound

@@ -32,6 +32,7 @@ from synthlong.tissue import CSF, classify_tissue, fitted_tissue_maps
 __all__ = [
     "BRAIN_MODE",
     "Case",
+    "background_of",
     "mode_as_source",
     "mode_of",
     "patient_of",
@@ -133,7 +134,7 @@ def read_case(
     }
     grid = WorkingGrid.of(image)
     raw = image.data
-    if "brain" not in extra and (background := _background_of(image)):
+    if "brain" not in extra and (background := background_of(image)):
         text = f"its background is {background:.4g}, taken for 0"
         warnings.warn(f"{short(flair)}: {text}", InputWarning, stacklevel=2)
         raw = raw - np.float32(background)
@@ -206,7 +207,7 @@ def read_lesions(mask: Path, flair: Path, *, prefer: str | None = None) -> NDArr
     image = read_nifti(flair, prefer=prefer)
     lesion = read_beside(mask, image, prefer=prefer)
     check_mask(lesion, image)
-    grid, brain = WorkingGrid.of(image), image.data != _background_of(image)
+    grid, brain = WorkingGrid.of(image), image.data != background_of(image)
     inside = grid.carry_lesions(clip_to_brain(lesion, brain)) & grid.resample_mask(brain)
     return inside.astype(np.uint8)
 
@@ -217,7 +218,7 @@ def _warn_empty(mask: Volume, inside: NDArray[np.bool_]) -> None:
         warnings.warn(f"{short(mask.path)}: {text}", InputWarning, stacklevel=3)
 
 
-def _background_of(scan: Volume) -> float:
+def background_of(scan: Volume) -> float:
     """Return a scan's background: another value than 0 after z-scoring, or after rounding to whole numbers."""
     corners = scan.data[np.ix_(*[[0, n - 1] for n in scan.data.shape])]
     values, counts = np.unique(corners, return_counts=True)

@@ -48,9 +48,11 @@ def test_geometry_is_kept_digit_by_digit(scan, tmp_path, artifact):
 def test_it_is_the_function_at_mode_1(scan, tmp_path):
     out = tmp_path / "out.nii.gz"
     params = augment(scan, out, "noise", seed=5, settings={"std": (0.1, 0.1)})
-    difference = nib.load(out).get_fdata() - nib.load(scan).get_fdata()
-    want = artifacts.gaussian_noise(torch.zeros(24, 20, 12), **params).numpy()
-    assert np.corrcoef(difference.ravel(), want.ravel())[0, 1] > 0.9999
+    before = nib.load(scan).get_fdata()
+    inside = before != 0
+    difference = (nib.load(out).get_fdata() - before)[inside]
+    want = artifacts.gaussian_noise(torch.zeros(24, 20, 12), **params).numpy()[inside]
+    assert np.corrcoef(difference, want)[0, 1] > 0.9999
     assert abs(difference.std() / 30 - 1) < 0.1, "a tenth of the mode of 300"
 
 
@@ -124,7 +126,8 @@ def test_noise_is_as_strong_however_much_background_a_head_has(tmp_path, write_v
     for pad in (0, 8):
         scan = write_volume(tmp_path / f"{pad}.nii.gz", np.pad(head, pad).astype(np.float32), np.eye(4))
         augment(scan, tmp_path / "out.nii.gz", "noise", settings={"std": (0.1, 0.1)})
-        added = nib.load(tmp_path / "out.nii.gz").get_fdata() - np.pad(head, pad)
+        inside = np.pad(np.ones_like(head), pad) > 0
+        added = (nib.load(tmp_path / "out.nii.gz").get_fdata() - np.pad(head, pad))[inside]
         assert added.std() == pytest.approx(30, rel=0.03)
 
 
@@ -147,11 +150,14 @@ def test_the_scan_itself_is_not_written_over(scan):
     assert scan.read_bytes() == before
 
 
-def test_z_scored_scans_are_refused(tmp_path, write_volume):
-    data = np.random.default_rng(0).normal(-1, 1, (16, 16, 16)).astype(np.float32)
-    data[:8] = 0
-    path = write_volume(tmp_path / "z.nii.gz", data, np.eye(4))
-    with pytest.raises(InputError, match="cannot serve as unit"):
+@pytest.mark.parametrize("background", [0, -2.5])
+def test_z_scored_scans_are_refused(tmp_path, write_volume, bundled, background):
+    image = nib.load(bundled("cs07")[0])
+    data = image.get_fdata(dtype=np.float32)
+    brain = data != 0
+    z_scored = np.where(brain, (data - data[brain].mean()) / data[brain].std(), background).astype(np.float32)
+    path = write_volume(tmp_path / "z.nii.gz", z_scored, image.affine)
+    with pytest.raises(InputError, match=r"z.nii.gz: [34]\d% of its voxels are negative.*before z-scoring"):
         augment(path, tmp_path / "out.nii.gz", "noise")
     assert not (tmp_path / "out.nii.gz").exists()
 
@@ -162,3 +168,22 @@ def test_around_a_stripped_brain_it_stays_dark(tmp_path, bundled):
     before, after = (nib.load(path).get_fdata(dtype=np.float32) for path in (flair, tmp_path / "noisy.nii.gz"))
     assert not after[before == 0].any()
     assert (after != before)[before != 0].mean() > 0.99
+
+
+def test_around_the_brain_in_a_box_it_stays_dark(tmp_path, write_volume, bundled):
+    image = nib.load(bundled("cs07")[0])
+    box = image.get_fdata(dtype=np.float32)[20:84, 90:154, 80:144]
+    scan = write_volume(tmp_path / "box.nii.gz", box, image.affine)
+    augment(scan, tmp_path / "noisy.nii.gz", "noise", seed=1)
+    noisy = nib.load(tmp_path / "noisy.nii.gz").get_fdata(dtype=np.float32)
+    assert 0.05 < (box == 0).mean() < 0.5
+    assert not noisy[box == 0].any()
+
+
+def test_zeros_scattered_in_air_are_air(tmp_path, write_volume):
+    rng = np.random.default_rng(0)
+    far = np.linalg.norm(np.indices((32, 32, 32)) - 15.5, axis=0)
+    head = np.where(far < 13, rng.normal(300, 15, far.shape), rng.poisson(1, far.shape)).astype(np.float32)
+    scan = write_volume(tmp_path / "head.nii.gz", head, np.eye(4))
+    augment(scan, tmp_path / "noisy.nii.gz", "noise")
+    assert nib.load(tmp_path / "noisy.nii.gz").get_fdata()[head == 0].all()
