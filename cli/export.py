@@ -15,9 +15,12 @@ def export(
     out: Path = typer.Option(..., "-o", "--out", help="Folder to write."),
     pairs: str = typer.Option(None, help="Which pairs, e.g. 0,5 or 0-9; default: all."),
 ) -> None:
-    """Write pairs as NIfTI: both visits in BIDS layout, masks and recipe under derivatives/."""
+    """Write pairs as NIfTI: both visits in BIDS layout, masks and recipe under derivatives/, patients in a table."""
     from synthlong.dataset.export import export_pairs
 
+    from .progress import progress_bar
+
     numbers = None if pairs is None else chain(*ranges_of(pairs, "--pairs"))
-    folders = export_pairs(run, out, numbers=numbers)
+    with progress_bar() as show:
+        folders = export_pairs(run, out, numbers=numbers, progress=show)
     typer.echo(f"{out.name}: {len(folders)} pairs, {folders[0].name} to {folders[-1].name}")

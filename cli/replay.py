@@ -17,11 +17,15 @@ def replay(
 ) -> None:
     """Render a pair again from its recipe, check it against the shard, and write it as NIfTI."""
     from synthlong.dataset.export import write_pair
+    from synthlong.dataset.plan import read_plan
     from synthlong.dataset.replay import replay as again
     from synthlong.synthesis import SynthesisConfig
 
+    from .progress import progress_bar
+
     chosen = SynthesisConfig.from_toml(config) if config else None
-    pair, apart = again(run, number, source=cases, config=chosen, whole=whole)
-    folder = write_pair(out, number, pair)
+    with progress_bar() as show:
+        pair, apart = again(run, number, source=cases, config=chosen, whole=whole, progress=show)
+    folder = write_pair(out, number, pair, run_id=read_plan(run)["run_id"])
     same = f"as in the shard, within {apart:.2g}" if apart else "the same as in the shard"
     typer.echo(f"{folder.name}: {same}" + (", here on the whole grid" if whole else ""))

@@ -17,6 +17,7 @@ from synthlong.dataset.plan import read_plan, source_of
 from synthlong.dataset.replay import replay
 from synthlong.dataset.run import generate
 from synthlong.errors import ConfigError, InputError, InputWarning, OutputError
+from synthlong.preparation.derivatives import description
 from synthlong.synthesis import SynthesisConfig
 
 CONFIG = SynthesisConfig(box=32, new_mean=4.0)
@@ -242,36 +243,79 @@ def test_transforms_know_which_axis_of_a_turned_box_is_axial(run):
 
 
 def test_export_is_bids_with_true_geometry(run, tmp_path):
-    export_pairs(run, tmp_path, numbers=[2])
+    seen = []
+    export_pairs(run, tmp_path, numbers=[2], progress=lambda *done: seen.append(done))
+    assert seen == [("pairs", 1, 1)]
     files = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.nii.gz")}
-    derived = "derivatives/synthlong/sub-syn0002/sub-syn0002_space-MNI152_desc-"
-    masks = ("newLesions_mask", "evolution_dseg", "lesionsBaseline_mask", "lesionsFollowup_mask")
-    visits = {f"sub-syn0002/ses-{s}/anat/sub-syn0002_ses-{s}_FLAIR.nii.gz" for s in (1, 2)}
-    assert files == visits | {f"{derived}{m}.nii.gz" for m in masks}
+    masks = {1: ("lesionsBaseline_mask",), 2: ("newLesions_mask", "evolution_dseg", "lesionsFollowup_mask")}
+    anat = {s: f"sub-syn0002/ses-{s}/anat/sub-syn0002_ses-{s}_" for s in (1, 2)}
+    truth = {f"derivatives/synthlong/{anat[s]}space-MNI152_desc-{m}.nii.gz" for s in masks for m in masks[s]}
+    assert files == truth | {f"{place}FLAIR.nii.gz" for place in anat.values()}
     sample = ShardDataset(run)[2]
-    image = nib.load(tmp_path / "sub-syn0002/ses-2/anat/sub-syn0002_ses-2_FLAIR.nii.gz")
+    image = nib.load(tmp_path / f"{anat[2]}FLAIR.nii.gz")
     np.testing.assert_array_equal(image.get_fdata(dtype=np.float32), sample["followup"][0].numpy())
     assert np.allclose(np.abs(np.linalg.det(image.affine)), 1)
+    record = tmp_path / f"derivatives/synthlong/{anat[2]}space-MNI152_desc-evolution_dseg.json"
+    about = json.loads(record.read_text())
+    assert Recipe.from_json(json.dumps(about["Recipe"])) == Recipe.from_json(sample["recipe"])
+    assert about["Run"] == read_plan(run)["run_id"]
     with pytest.raises(ConfigError, match=r"has pairs 0\.\.6, not 9"):
         export_pairs(run, tmp_path, numbers=[9])
-    export_pairs(run, tmp_path, numbers=[2])  # the same pair again
-    with pytest.raises(OutputError, match="another pair of this number is there; choose another folder"):
-        write_pair(tmp_path, 2, replay(run, 2, whole=True)[0])
-    other, _ = replay(run, 3)
-    with pytest.raises(OutputError, match="another pair"):
-        write_pair(tmp_path, 2, other)
-    np.testing.assert_array_equal(nib.load(image.get_filename()).get_fdata(dtype=np.float32), image.get_fdata())
+
+
+def test_no_other_pair_is_written_over(run, tmp_path):
+    run_id = read_plan(run)["run_id"]
+    pair, whole, other = (replay(run, number, whole=whole)[0] for number, whole in ((2, False), (2, True), (3, False)))
+    export_pairs(run, tmp_path, numbers=[2])
+    write_pair(tmp_path, 2, pair, run_id=run_id)
+    before = bytes_of(tmp_path)
+    for made, by in ((whole, run_id), (other, run_id), (pair, "of other weights")):
+        with pytest.raises(OutputError, match="another pair of this number is there; choose another folder"):
+            write_pair(tmp_path, 2, made, run_id=by)
+    assert bytes_of(tmp_path) == before
+    (tmp_path / "participants.tsv").write_text("participant_id\tage\nsub-01\t40\n")
+    with pytest.raises(OutputError, match=r"participants.tsv: is of another data set"):
+        export_pairs(run, tmp_path, numbers=[3])
+
+
+def test_pairs_that_several_exports_wrote_are_listed_by_patient(run, tmp_path):
+    for numbers in ([4, 1], [0], [1]):
+        export_pairs(run, tmp_path, numbers=numbers)
+    table = (tmp_path / "participants.tsv").read_text().splitlines()
+    rows = [("sub-syn0000", "cs07"), ("sub-syn0001", "cs19"), ("sub-syn0004", "cs07")]
+    assert table == ["participant_id\tsource_subject\tsource_case", *(f"{p}\t{case}\t{case}" for p, case in rows)]
+
+
+def test_pybids_finds_visits_and_truth_by_session(run, tmp_path):
+    bids = pytest.importorskip("bids")
+    export_pairs(run, tmp_path, numbers=[0])
+    layout = bids.BIDSLayout(tmp_path, derivatives=True)
+    place = {"subject": "syn0000", "datatype": "anat", "extension": ".nii.gz"}
+    assert {f.entities["session"] for f in layout.get(suffix="FLAIR", **place)} == {"1", "2"}
+    masks = {(f.entities["session"], f.entities["desc"]) for f in layout.get(suffix="mask", **place)}
+    assert masks == {("1", "lesionsBaseline"), ("2", "lesionsFollowup"), ("2", "newLesions")}
+    (labels,) = layout.get(suffix="dseg", session="2", **place)
+    assert labels.get_metadata()["Recipe"]["case"] == "cs07"
+    (names,) = layout.get(suffix="dseg", extension=".tsv")
+    assert names.get_df()["name"].tolist() == ["stable", "new", "vanished", "enlarged part", "shrunk part"]
+    versions = {json.loads(p.read_bytes())["BIDSVersion"] for p in tmp_path.rglob("dataset_description.json")}
+    assert versions == {description()["BIDSVersion"]}
 
 
 def test_exported_visits_are_read_back_in_their_own_gray_scales(run, tmp_path):
-    write_pair(tmp_path, 0, replay(run, 0, whole=True)[0])
-    for number, name in enumerate(("baseline", "followup"), start=1):
+    steps = []
+    pair, _ = replay(run, 0, whole=True, progress=lambda _, done, total: steps.append((done, total)))
+    assert steps == [(n, 4) for n in range(5)]
+    write_pair(tmp_path, 0, pair, run_id="")
+    negative = 0
+    for number in (1, 2):
         path = tmp_path / f"sub-syn0000/ses-{number}/anat/sub-syn0000_ses-{number}_FLAIR.nii.gz"
         written = nib.load(path).get_fdata(dtype=np.float32)
         case = read_case(path)
         turned = nib.as_closest_canonical(nib.load(path)).get_fdata(dtype=np.float32)
         np.testing.assert_array_equal(case.flair, np.maximum(turned, 0))
-        assert (written < 0).any() or number == 2, name  # artifacts leave noise below 0
+        negative += np.count_nonzero(written < 0)
+    assert negative, "artifacts leave noise below 0"
 
 
 @pytest.mark.usefixtures("here")

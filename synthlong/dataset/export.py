@@ -1,105 +1,153 @@
-"""Pairs as NIfTI files in BIDS layout, for viewers and for other tools."""
+"""Pairs as NIfTI files in BIDS layout, for viewers and for other tools.
+
+DIR/sub-synNNNN/ses-{1,2}/anat/sub-synNNNN_ses-{1,2}_FLAIR.{nii.gz,json}
+DIR/participants.tsv                           whose scan each pair was made from
+DIR/derivatives/synthlong/sub-synNNNN/ses-{1,2}/anat/sub-synNNNN_ses-{1,2}_space-MNI152_desc-*_{mask,dseg}.nii.gz
+                          .../ses-2/anat/..._desc-evolution_dseg.json     its recipe, and which run made it
+DIR/derivatives/synthlong/desc-evolution_dseg.tsv                         what its labels mean
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 
-from synthlong.case import BRAIN_MODE
-from synthlong.dataset.shards import MASKS, ShardDataset, publish
+from synthlong.case import BRAIN_MODE, patient_of
+from synthlong.dataset.shards import Index, ShardDataset, publish
 from synthlong.errors import ConfigError, OutputError
 from synthlong.nifti import sidecar_of, write_nifti
-from synthlong.pair import Pair
+from synthlong.pair import ENLARGED, NEW, SHRUNK, STABLE, VANISHED, Pair
+from synthlong.preparation.derivatives import description
 from synthlong.recipe import Recipe
 
 __all__ = ["export_pairs", "write_pair"]
 
-_VERSION = "1.9.0"
+_MASKS = {
+    "new_lesions": ("2", "desc-newLesions_mask"),
+    "evolution": ("2", "desc-evolution_dseg"),
+    "lesions_baseline": ("1", "desc-lesionsBaseline_mask"),
+    "lesions_followup": ("2", "desc-lesionsFollowup_mask"),
+}
+_LABELS = {STABLE: "stable", NEW: "new", VANISHED: "vanished", ENLARGED: "enlarged part", SHRUNK: "shrunk part"}
+_COLUMNS = "participant_id\tsource_subject\tsource_case\n"
 
 
-def export_pairs(run: Path, out: Path, *, numbers: Iterable[int] | None = None) -> list[Path]:
+def export_pairs(
+    run: Path,
+    out: Path,
+    *,
+    numbers: Iterable[int] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[Path]:
     """Write pairs of a finished run as NIfTI; return the subjects' folders.
 
     Args:
         run: Folder that `generate` wrote.
         out: Folder to write.
         numbers: Which pairs; None: all.
+        progress: Called as ("pairs", done, total).
 
     Raises:
         ConfigError: A number that the run does not have.
+        OutputError: As for `write_pair`.
     """
-    dataset = ShardDataset(run)
-    chosen = []
-    for number in range(len(dataset)) if numbers is None else numbers:
+    dataset, run_id = ShardDataset(run), Index.read(run).run_id
+    chosen = list(range(len(dataset)) if numbers is None else numbers)
+    for number in chosen:
         if not 0 <= number < len(dataset):
             raise ConfigError(f"--pairs: {run.name} has pairs 0..{len(dataset) - 1}, not {number}")
-        chosen.append(number)
+    _describe(out)
     folders = []
-    for number in chosen:
-        sample = dataset[number]
-        recipe = Recipe.from_json(sample["recipe"])
-        arrays = {k: v[0].numpy() for k, v in sample.items() if k != "recipe"}
-        folders.append(write_pair(out, number, Pair(**arrays, affine=recipe.affine, recipe=recipe)))
+    try:
+        for number in chosen:
+            sample = dataset[number]
+            recipe = Recipe.from_json(sample["recipe"])
+            arrays = {k: v[0].numpy() for k, v in sample.items() if k != "recipe"}
+            pair = Pair(**arrays, affine=recipe.affine, recipe=recipe)
+            folders.append(_write(out, number, pair, run_id))
+            if progress:
+                progress("pairs", len(folders), len(chosen))
+    finally:
+        _list_participants(out)
     return folders
 
 
-def write_pair(out: Path, number: int, pair: Pair) -> Path:
+def write_pair(out: Path, number: int, pair: Pair, *, run_id: str) -> Path:
     """Write one pair: visits under `sub-synNNNN/ses-{1,2}/anat`, masks and recipe under `derivatives`.
 
     Args:
         out: Root of the BIDS data set.
         number: Of the pair.
         pair: What to write.
+        run_id: Of the run that made it.
 
     Returns:
         The subject's folder.
 
     Raises:
-        OutputError: Another pair lies there, or `out` is no folder.
+        OutputError: Another pair or data set lies there, or `out` is no folder.
     """
-    if out.exists() and not out.is_dir():
-        raise OutputError(out, "is not a folder", "name a folder")
-    subject = f"sub-syn{number:04d}"
-    _check_same(out, subject, pair)
-    for ses, image in (("1", pair.baseline), ("2", pair.followup)):
-        path = _made(out / subject / f"ses-{ses}" / "anat") / f"{subject}_ses-{ses}_FLAIR.nii.gz"
-        write_nifti(path, image, pair.affine)
-        publish(sidecar_of(path), json.dumps({BRAIN_MODE: 1.0, "SkullStripped": True}).encode() + b"\n")
-    derived = _made(out / "derivatives" / "synthlong" / subject)
-    for name in MASKS:
-        kind = "dseg" if name == "evolution" else "mask"
-        label = "".join(word.capitalize() if n else word for n, word in enumerate(name.split("_")))
-        path = derived / f"{subject}_space-MNI152_desc-{label}_{kind}.nii.gz"
-        write_nifti(path, np.asarray(getattr(pair, name), np.uint8), pair.affine)
-    publish(derived / f"{subject}_desc-recipe.json", pair.recipe.to_json().encode() + b"\n")
-    _describe(out, "synthlong pairs", "raw")
-    _describe(out / "derivatives" / "synthlong", "synthlong truth", "derivative")
-    return out / subject
-
-
-def _check_same(out: Path, subject: str, pair: Pair) -> None:
-    """Raise an OutputError if another pair lies there under the same number."""
-    recipe = out / "derivatives" / "synthlong" / subject / f"{subject}_desc-recipe.json"
-    baseline = out / subject / "ses-1" / "anat" / f"{subject}_ses-1_FLAIR.nii.gz"
-    if recipe.exists() and (
-        recipe.read_text().strip() != pair.recipe.to_json()
-        or (baseline.exists() and nib.load(baseline).shape != pair.baseline.shape)
-    ):
-        raise OutputError(recipe, "another pair of this number is there", "choose another folder")
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
+    _describe(out)
+    folder = _write(out, number, pair, run_id)
+    _list_participants(out)
     return folder
 
 
-def _describe(folder: Path, name: str, kind: str) -> None:
-    about = {"Name": name, "BIDSVersion": _VERSION, "DatasetType": kind, "GeneratedBy": [{"Name": "synthlong"}]}
-    text = json.dumps(about, indent=1) + "\n"
-    path = folder / "dataset_description.json"
-    if not path.exists():
-        publish(path, text.encode())
+def _write(out: Path, number: int, pair: Pair, run_id: str) -> Path:
+    """Write one pair, its record first: what lies there without one is not ours."""
+    subject = f"sub-syn{number:04d}"
+    visits = {"1": pair.baseline, "2": pair.followup}
+    raw = {ses: out / subject / f"ses-{ses}" / "anat" / f"{subject}_ses-{ses}_FLAIR.nii.gz" for ses in visits}
+    masks = {
+        name: _truth(out) / subject / f"ses-{ses}" / "anat" / f"{subject}_ses-{ses}_space-MNI152_{what}.nii.gz"
+        for name, (ses, what) in _MASKS.items()
+    }
+    about = {"Run": run_id, "Shape": pair.baseline.shape, "Recipe": json.loads(pair.recipe.to_json())}
+    record, text = sidecar_of(masks["evolution"]), json.dumps(about).encode() + b"\n"
+    if record.read_bytes() != text if record.exists() else raw["1"].exists():
+        raise OutputError(raw["1"], "another pair of this number is there", "choose another folder")
+    for path in (*raw.values(), *masks.values()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    publish(record, text)
+    for ses, path in raw.items():
+        write_nifti(path, visits[ses], pair.affine)
+        publish(sidecar_of(path), json.dumps({BRAIN_MODE: 1.0, "SkullStripped": True}).encode() + b"\n")
+    for name, path in masks.items():
+        write_nifti(path, np.asarray(getattr(pair, name), np.uint8), pair.affine)
+    return out / subject
+
+
+def _truth(out: Path) -> Path:
+    return out / "derivatives" / "synthlong"
+
+
+def _describe(out: Path) -> None:
+    """Write what says which data set this is, unless it is there.
+
+    Raises:
+        OutputError: `out` is no folder, or another data set's.
+    """
+    if out.exists() and not out.is_dir():
+        raise OutputError(out, "is not a folder", "name a folder")
+    table = out / "participants.tsv"
+    if table.exists() and not table.read_bytes().startswith(_COLUMNS.encode()):
+        raise OutputError(table, "is of another data set", "choose another folder")
+    _truth(out).mkdir(parents=True, exist_ok=True)
+    for folder, name, kind in ((out, "synthlong pairs", "raw"), (_truth(out), "synthlong truth", "derivative")):
+        path = folder / "dataset_description.json"
+        if not path.exists():
+            publish(path, (json.dumps(description() | {"Name": name, "DatasetType": kind}, indent=1) + "\n").encode())
+    rows = "".join(f"{code}\t{name}\n" for code, name in _LABELS.items())
+    publish(_truth(out) / "desc-evolution_dseg.tsv", f"index\tname\n{rows}".encode())
+
+
+def _list_participants(out: Path) -> None:
+    """Write the table of all pairs whose records are there, whichever call wrote them."""
+    rows = []
+    for record in sorted(_truth(out).glob("sub-syn*/ses-2/anat/*_desc-evolution_dseg.json")):
+        case = json.loads(record.read_bytes())["Recipe"]["case"]
+        rows.append(f"{record.parents[2].name}\t{patient_of(case)}\t{case}\n")
+    publish(out / "participants.tsv", (_COLUMNS + "".join(rows)).encode())

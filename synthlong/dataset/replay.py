@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ def replay(
     source: Path | None = None,
     config: SynthesisConfig | None = None,
     whole: bool = False,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> tuple[Pair, float]:
     """Render pair `number` of a run again; its box is compared with the shard, bit for bit.
 
@@ -46,6 +48,7 @@ def replay(
         source: Manifest or folder of the cases; None: where the run found them.
         config: The run's, if it named its own prior, bank or weights: a run keeps their hashes, not their paths.
         whole: Return the pair on the case's whole grid.
+        progress: Called as ("steps, what comes", done, total).
 
     Returns:
         The pair, and how far its images are from those in the shard at most, brain mode 1; 0: the same.
@@ -66,7 +69,9 @@ def replay(
     files = {f.subject: f for f in find_cases(source, prefer=plan["prefer"])}.get(recipe.case_id)
     if files is None:
         raise InputError(source, f"case '{recipe.case_id}' is not in it", "name the run's cases with --cases")
+    steps = 4 if whole else 3
     with one_thread():
+        progress("steps, reading the case", 0, steps)
         case = files.read()
         recorded = next(c["sources"] for c in plan["cases"] if c["subject"] == recipe.case_id)
         if case.sources != recorded:
@@ -75,10 +80,16 @@ def replay(
             raise InputError(path, "has changed since the run (its SHA-256 differs)", "restore the file")
         check_assets(config, plan["assets"])
         inpainter, painter, bank = synthesis_of(config)
+        progress("steps, filling its lesions", 1, steps)
         healed = heal(case, inpainter)
+        progress("steps, rendering the box", 2, steps)
         pair = render(healed, recipe, painter=painter, bank=bank)
         apart = _compare(pair, stored, run, number, plan)
-        return (render(healed, recipe, painter=painter, bank=bank, whole=True) if whole else pair), apart
+        if whole:
+            progress("steps, rendering the whole grid", 3, steps)
+            pair = render(healed, recipe, painter=painter, bank=bank, whole=True)
+        progress("steps, done", steps, steps)
+        return pair, apart
 
 
 def _compare(pair: Pair, stored: dict[str, Any], run: Path, number: int, plan: dict[str, Any]) -> float:
