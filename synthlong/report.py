@@ -12,14 +12,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from synthlong.atlas import lesion_prior
-from synthlong.dataset.plan import read_plan
+from synthlong.dataset.plan import asset_hashes, read_plan
 from synthlong.dataset.shards import SCHEMA, Index, ShardDataset, publish
+from synthlong.dataset.writer import check_place
 from synthlong.errors import ConfigError
 from synthlong.event import LesionEvent
 from synthlong.pair import ENLARGED, NEW, SHRUNK, STABLE, VANISHED
@@ -35,6 +37,7 @@ from synthlong.pictures import (
     upright,
 )
 from synthlong.recipe import Recipe
+from synthlong.synthesis import SynthesisConfig
 
 __all__ = ["write_report"]
 
@@ -102,6 +105,7 @@ def write_report(
     """
     if samples < 1:
         raise ConfigError(f"samples must be 1 or more, not {samples}")
+    check_place(page)
     index = Index.read(out)
     names = [(number, index.subjects[k]) for number, k in enumerate(index.subject)]
     tally, codes = _Tally(), np.zeros((len(names), 6), np.int64)
@@ -117,9 +121,10 @@ def write_report(
         shown = images[row]
         recipe = Recipe.from_json(shown.pop("recipe"))
         pairs.append(_pair(*names[row], recipe, **{key: volume.numpy()[0] for key, volume in shown.items()}))
-    body = [_head(out, index, tally, codes), _legend(), *pairs, _volumes(tally), _placements(tally)]
+    plan = read_plan(out) if (out / "run.json").exists() else None
+    body = [_head(index, plan, tally, codes), _legend(), *pairs, _volumes(tally), _placements(tally, plan)]
     text = _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(body))
-    publish(Path(page), text.encode())
+    publish(page, text.encode())
 
 
 def _chosen(codes: NDArray[np.int64], samples: int) -> list[int]:
@@ -157,18 +162,18 @@ def _changes(recipe: Recipe, evolution: Picture) -> list[tuple[int, str]]:
         events = [e for e in recipe.events if e.kind == kind]
         parts, n = ndimage.label(changed | (evolution == STABLE) & (code in (ENLARGED, SHRUNK)), _AROUND)
         sizes = np.bincount(parts[changed], minlength=n + 1)
-        seats = {parts[seat]: e for e in events if (seat := _seat(e, recipe))}
+        seats = {e: seat for e in events if (seat := _seat(e, recipe))}
+        others = " or ".join(sorted({e.source for e in events if e not in seats}))
         for part in sorted(np.flatnonzero(sizes), key=lambda p: -sizes[p]):
-            equal = (e for e in events if e.lesion and abs(e.voxels[1] - e.voxels[0]) == sizes[part])
-            event = seats.get(part) or next(equal, None)
+            equal = [e for e in events if e.lesion and abs(e.voxels[1] - e.voxels[0]) == sizes[part]]
             text = f"{kind}, {sizes[part]} mm³ in the box"
-            if event:
-                extent = " → ".join(f"{v}" for v in event.voxels if v)
-                text = f"{kind}, {extent} mm³, {event.source}"
-                if sizes[part] < abs(event.voxels[1] - event.voxels[0]):
+            if own := [e for e, seat in seats.items() if parts[seat] == part] or equal[:1]:
+                extent = " and ".join(" → ".join(f"{v}" for v in e.voxels if v) for e in own)
+                text = f"{kind}, {extent} mm³, {own[0].source}"
+                if sizes[part] < sum(abs(e.voxels[1] - e.voxels[0]) for e in own):
                     text += f" ({sizes[part]} in the box)"
-            elif len(sources := {e.source for e in events}) == 1:
-                text += f", {sources.pop()}"
+            elif others:
+                text += f", {others}"
             found.append((code, text))
     return found
 
@@ -238,7 +243,7 @@ def _artifacts(recipe: Recipe) -> str:
 # Numbers and plots
 
 
-def _head(out: Path, index: Index, tally: _Tally, codes: NDArray[np.int64]) -> str:
+def _head(index: Index, plan: dict[str, Any] | None, tally: _Tally, codes: NDArray[np.int64]) -> str:
     """Return what the run holds, in numbers."""
     pairs = tally.numbers.total()
     with_new = 1 - tally.numbers[0] / max(pairs, 1)
@@ -250,8 +255,8 @@ def _head(out: Path, index: Index, tally: _Tally, codes: NDArray[np.int64]) -> s
     }
     counts = tally.events
     names = [SCHEMA, f"run {index.run_id}", f"index {str(index.sha256)[:16]}"]
-    if (out / "run.json").exists():
-        names.append(f"config {read_plan(out)['config_sha256'][:16]}")
+    if plan:
+        names.append(f"config {plan['config_sha256'][:16]}")
     tile = "".join(f"<div><dd>{value}</dd><dt>{name}</dt></div>" for name, value in tiles.items())
     rows = "".join(
         f"<tr><th>{kind}</th><td>{counts[kind, 'real']}</td><td>{counts[kind, 'synthetic']}</td></tr>"
@@ -316,8 +321,8 @@ def _volumes(tally: _Tally) -> str:
     )
 
 
-def _placements(tally: _Tally) -> str:
-    """Return the synthetic lesions' centres over projections of the shipped lesion prior."""
+def _placements(tally: _Tally, plan: dict[str, Any] | None) -> str:
+    """Return the synthetic lesions' centres over projections of the shipped lesion prior (a run keeps none)."""
     frequency, affine = lesion_prior()
     total = len(tally.new)
     some = np.linspace(0, total - 1, min(total, _MOST_DOTS)).round().astype(int)
@@ -337,10 +342,12 @@ def _placements(tally: _Tally) -> str:
             f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="centres">{drawn}</svg>'
             f"<figcaption>{_PLANES[axis]}, {sides}</figcaption></figure>"
         )
+    shipped = asset_hashes(SynthesisConfig())["prior"]
+    other = "" if not plan or plan["assets"].get("prior", shipped) == shipped else " (not the run's own)"
     of_all = f" of {total}" if total > len(some) else ""
     return (
-        f"<h2>Where synthetic lesions lie</h2><p>{int(inside.sum())} centres{of_all} over the shipped lesion prior "
-        f"(square root of its maximum along the line of sight)</p>"
+        f"<h2>Where synthetic lesions lie</h2><p>{int(inside.sum())} centres{of_all} over the shipped lesion prior"
+        f"{other} (square root of its maximum along the line of sight)</p>"
         f"{_chips([(COLOURS[NEW], 'new'), (COLOURS[VANISHED], 'other kinds')])}"
         f'<div class="maps">{"".join(figures)}</div>'
     )

@@ -15,7 +15,7 @@ import pytest
 
 from synthlong.dataset.plan import adopt_plan, make_plan
 from synthlong.dataset.shards import Sample, write_index, write_shard
-from synthlong.errors import ConfigError, InputError
+from synthlong.errors import ConfigError, InputError, OutputError
 from synthlong.event import LesionEvent
 from synthlong.orientation import Orientation
 from synthlong.placement import Site
@@ -217,6 +217,23 @@ def test_an_event_that_no_recipe_explains_has_no_source() -> None:
     assert _changes(Recipe("a", Box(START, SIDE, "uniform"), ()), evolution) == [(5, "shrinking, 1 mm³ in the box")]
 
 
+def test_parts_of_touching_lesions_have_a_source() -> None:
+    evolution = np.zeros((SIDE,) * 3, np.uint8)
+    evolution[cube(2, 2, 2)] = 2
+    evolution[8:10, 8:10, 8:12] = 2  # two real ones of 8
+    events = (NEW, NEW_REAL, LesionEvent("real", 0, 1, (0, 8), lesion=4))
+    plain = Recipe("a", Box(START, SIDE, "uniform"), events)
+    assert [text for _, text in _changes(plain, evolution)] == [
+        "new, 27 mm³, synthetic",
+        "new, 16 mm³ in the box, real",
+    ]
+    evolution[cube(5, 2, 2)] = 2
+    beside = synthetic(0, 1, (6, 3, 3), (0, 27))
+    both = Recipe("a", Box(START, SIDE, "uniform"), (NEW, beside))
+    evolution[8:] = 0
+    assert _changes(both, evolution) == [(2, "new, 27 and 27 mm³, synthetic")]
+
+
 def test_samples_are_spread_and_of_all_kinds() -> None:
     codes = np.zeros((60, 6), np.int64)
     codes[:40, 2], codes[40:50, 3], codes[0, 4] = 5, 5, 5
@@ -243,6 +260,16 @@ def test_config_is_named_where_the_run_has_a_plan(tmp_path: Path) -> None:
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert f"config {plan['config_sha256'][:16]}" in text
     assert "cases.csv" not in text
+    assert "over the shipped lesion prior (square root" in text
+
+
+def test_a_prior_of_the_run_s_own_is_told(tmp_path: Path) -> None:
+    out = write_run(tmp_path / "run", [make_sample(ALL, "a")])
+    own = {"prior": "0" * 64}
+    options = {"cases": [], "pairs": 1, "seed": 1, "shard_size": 1, "config": SynthesisConfig(), "assets": own}
+    adopt_plan(out, make_plan(tmp_path / "cases.csv", out, **options))
+    write_report(out, tmp_path / "page.html")
+    assert "over the shipped lesion prior (not the run's own) (square" in (tmp_path / "page.html").read_text()
 
 
 def test_run_without_any_event(tmp_path: Path) -> None:
@@ -289,4 +316,6 @@ def test_refusals_leave_no_page(tmp_path: Path) -> None:
     out = write_run(tmp_path / "run", [make_sample((), "a")])
     with pytest.raises(ConfigError, match="samples must be 1 or more, not 0"):
         write_report(out, tmp_path / "page.html", samples=0)
+    with pytest.raises(OutputError, match="its folder does not exist"):
+        write_report(tmp_path / "none", tmp_path / "no" / "page.html")
     assert not (tmp_path / "page.html").exists()
