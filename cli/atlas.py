@@ -17,5 +17,8 @@ def atlas(
     """Build a lesion prior; several masks of one `sub-ID` count as one patient."""
     from synthlong.prior import patient_in, write_prior
 
-    write_prior(masks, out, prefer=prefer.value if prefer else None)
+    from .progress import progress_bar
+
+    with progress_bar() as show:
+        write_prior(masks, out, prefer=prefer.value if prefer else None, progress=show)
     typer.echo(f"{out.name}: prior of {len(masks)} masks of {len({patient_in(mask) for mask in masks})} patients")

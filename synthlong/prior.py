@@ -13,8 +13,8 @@ the sources were chosen by `held_out_log_likelihood`; the figures are in `assets
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from synthlong.atlas import MNI_SHAPE, Array, mirror, mni_affine, sample_map, tissue_maps
+from synthlong.dataset.writer import check_place
 from synthlong.errors import ConfigError, InputError, short
-from synthlong.mask import check_binary
+from synthlong.mask import MOST_OUTSIDE, check_binary
 from synthlong.nifti import read_nifti, write_nifti
 
 __all__ = [
@@ -164,6 +165,7 @@ def write_prior(
     fwhm_mm: float = FWHM_MM,
     symmetric: bool = SYMMETRIC,
     prefer: str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Array:
     """Build a lesion prior from mask files in MNI152 space and write it as NIfTI.
 
@@ -176,21 +178,30 @@ def write_prior(
         fwhm_mm: As for `build_prior`.
         symmetric: As for `build_prior`.
         prefer: "sform" or "qform" where a mask's two disagree.
+        progress: Called as ("masks", done, total).
 
     Returns:
         The frequency that was written.
 
     Raises:
-        InputError: A mask is unreadable, no lesion mask, or has lesions off the MNI grid only; or all are empty.
+        InputError: A mask is unreadable, no lesion mask, or not in MNI152 space; or all are empty.
         ConfigError: No masks, or `out` is one of them or no name of a NIfTI file.
+        OutputError: `out` cannot be written to.
     """
     out = Path(out)
     if not out.name.endswith((".nii", ".nii.gz")):
         raise ConfigError(f"{short(out)}: a prior is written as .nii.gz")
     if any(Path(mask).resolve() == out.resolve() for mask in masks):
         raise ConfigError(f"{short(out)}: is one of the masks; choose another name for the prior")
-    read = partial(read_mask, prefer=prefer)
-    frequency = build_prior(map(read, masks), fwhm_mm=fwhm_mm, symmetric=symmetric)
+    check_place(out)
+
+    def read() -> Iterator[tuple[str, Array]]:
+        for done, mask in enumerate(masks, start=1):
+            yield read_mask(mask, prefer=prefer)
+            if progress:
+                progress("masks", done, len(masks))
+
+    frequency = build_prior(read(), fwhm_mm=fwhm_mm, symmetric=symmetric)
     if not frequency.any():
         raise InputError(masks[0], "no lesion in any of the masks", "give masks of patients with lesions, too")
     frequency = with_floor(frequency)
@@ -209,7 +220,8 @@ def read_mask(path: str | Path, *, prefer: str | None = None) -> tuple[str, Arra
         `(subject, mask)`; see `patient_in` for the subject.
 
     Raises:
-        InputError: The mask is unreadable, not binary, as large as a brain, or has lesions off the MNI grid only.
+        InputError: The mask is unreadable, not binary, as large as a brain, or has a tenth of its lesions outside the
+            MNI brain.
     """
     volume = read_nifti(path, prefer=prefer, allow_empty=True)
     check_binary(volume)
@@ -219,8 +231,10 @@ def read_mask(path: str | Path, *, prefer: str | None = None) -> tuple[str, Arra
     if volume_ml > _MOST_LESIONS_ML:
         raise InputError(path, f"covers {volume_ml:.0f} ml, like a brain mask", "give lesion masks")
     mask = sample_map(volume.data > 0, volume.affine, MNI_SHAPE, mni_affine())
-    if not mask.any():
-        raise InputError(path, "no lesion on the MNI152 grid", "give lesion masks in MNI152 space")
+    _, rim = _brain_and_rim()
+    if (inside := mask[rim].sum()) < (1 - MOST_OUTSIDE) * mask.sum() or not inside:
+        share = 1 - inside / max(mask.sum(), 1)
+        raise InputError(path, f"{share:.0%} of its lesions lie outside the MNI brain", "give masks in MNI152 space")
     return patient_in(path), mask
 
 

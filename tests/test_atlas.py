@@ -6,7 +6,7 @@ import pytest
 
 from synthlong import atlas, prior
 from synthlong.atlas import MNI_SHAPE, lesion_prior, mirror, mni_affine, sample_map, tissue_maps
-from synthlong.errors import ConfigError, InputError
+from synthlong.errors import ConfigError, InputError, OutputError
 from synthlong.nifti import write_nifti
 from synthlong.prior import build_prior
 
@@ -317,7 +317,7 @@ def test_unusable_files_are_named(tmp_path):
     away = nifti(tmp_path / "away.nii", data / 100, far)
     with pytest.raises(InputError, match="no positive value on the MNI152 grid"):
         lesion_prior(away)
-    with pytest.raises(InputError, match="no lesion on the MNI152 grid"):
+    with pytest.raises(InputError, match="outside the MNI brain"):
         prior.write_prior([away], tmp_path / "out.nii")
     with pytest.raises(InputError, match="missing"):
         lesion_prior(tmp_path / "missing.nii")
@@ -381,3 +381,17 @@ def test_what_is_no_lesion_mask_makes_no_prior(tmp_path):
             prior.write_prior([tmp_path / "mask.nii"], tmp_path / out)
     assert (tmp_path / "mask.nii").read_bytes() == before
     assert not (tmp_path / "p.npz").exists()
+
+
+def test_masks_that_are_not_in_mni_space_make_no_prior(tmp_path, bundled):
+    mask = nib.load(bundled("cs07")[1])
+    seen = []
+    prior.write_prior([bundled("cs07")[1]], tmp_path / "p.nii", progress=lambda *done: seen.append(done))
+    assert seen == [("masks", 1, 1)]
+    moved = mask.affine.copy()
+    moved[1:3, 3] += 50  # as a scan whose origin lies in its middle
+    away = nifti(tmp_path / "away.nii", np.asanyarray(mask.dataobj), moved)
+    with pytest.raises(InputError, match=r"away.nii: \d\d% of its lesions lie outside the MNI brain; give masks"):
+        prior.write_prior([away], tmp_path / "q.nii")
+    with pytest.raises(OutputError, match="its folder does not exist"):
+        prior.write_prior([tmp_path / "none.nii"], tmp_path / "no" / "q.nii")
