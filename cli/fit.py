@@ -38,14 +38,14 @@ def fit(
 ) -> None:
     """Train a synthesis network on single-visit scans with lesion masks.
 
-    Goes on from its checkpoint when stopped and called again.
+    Goes on from its checkpoint when stopped and called again. Cases that cannot be used are left out.
     """
     import torch
 
     import synthlong
-    from synthlong.errors import ConfigError
-    from synthlong.fitting import FitConfig, fit_on_cases
-    from synthlong.manifest import read_cases
+    from synthlong.errors import ConfigError, InputError
+    from synthlong.fitting import FitConfig, check_fit, fit_on_cases
+    from synthlong.manifest import find_cases
 
     from .progress import progress_bar
 
@@ -64,6 +64,9 @@ def fit(
         raise ConfigError(f"--sides {sides}: give whole numbers such as 32,48") from error
     if out.suffix != ".safetensors":
         raise ConfigError(f"-o {out.name}: weights are named *.safetensors")
+    files = find_cases(cases, prefer=prefer.value if prefer else None)
+    hold_out = hold_out.removeprefix("sub-") if hold_out else None
+    check_fit(config, out, patients={each.patient for each in files}, hold_out=hold_out)
     if threads:
         torch.set_num_threads(threads)
     words = ["synthlong", "fit", task.value, cases.name, "-o", out.name]
@@ -71,12 +74,23 @@ def fit(
     words += ["--patches", str(patches)] if patches != 16 else []
     words += ["--loss", loss] if loss != "mse" else []
     words += ["--hold-out", hold_out] if hold_out else []
+    words += ["--device", device] if device != "cpu" else []
+    words += ["--precision", precision] if precision != "auto" else []
     words += ["--prefer", prefer.value] if prefer else []
     card = {"command": shlex.join(words), "licence": licence, "version": synthlong.__version__, "commit": commit()}
+    usable = []
     with progress_bar() as show:
+        for done, each in enumerate(files, start=1):
+            try:
+                usable.append(each.read())
+            except InputError as error:
+                typer.echo(f"left out: {each.subject}: {error}", err=True)
+            show("cases", done, len(files))
+        if not usable:
+            raise InputError(cases, "no case can be used", "see `synthlong check`")
         figures = fit_on_cases(
             task.value,
-            list(read_cases(cases, prefer=prefer.value if prefer else None)),
+            usable,
             out,
             config=config,
             hold_out=hold_out,
@@ -85,6 +99,7 @@ def fit(
         )
     last = figures["curve"][-1]
     typer.echo(f"{out.name}: " + ", ".join(f"{k} {v:g}" for k, v in last.items()))
+    raise typer.Exit(0 if len(usable) == len(files) else 1)
 
 
 def commit() -> str | None:

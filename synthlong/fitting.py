@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,7 +34,7 @@ from synthlong.sampling import Sample
 from synthlong.signals import held_signals
 from synthlong.weights import checkpoint_of, finished, read_checkpoint, write_checkpoint, write_weights
 
-__all__ = ["FitConfig", "Sampler", "fit", "fit_on_cases", "hole_errors"]
+__all__ = ["FitConfig", "Sampler", "check_fit", "fit", "fit_on_cases", "hole_errors"]
 
 _STAGE = "fit"
 _HELD_OUT_SAMPLES = 64
@@ -88,6 +88,27 @@ class FitConfig:
             raise ConfigError(f"fit: loss {self.loss!a} must be mse or charbonnier")
 
 
+def check_fit(config: FitConfig, out: Path, *, patients: Collection[str], hold_out: str | None) -> None:
+    """Say what is wrong with device, place and patients before the work, not after.
+
+    Args:
+        config: How to train.
+        out: The `.safetensors` file.
+        patients: Of the cases.
+        hold_out: Patient who is kept out of training.
+
+    Raises:
+        ConfigError: The device is not usable here, no such patient, or none left to train on.
+        OutputError: `out` cannot be written to.
+    """
+    check_device(config.device)
+    make_place(out)
+    if hold_out is not None and hold_out not in patients:
+        raise ConfigError(f"--hold-out {hold_out}: no such patient; there are {', '.join(sorted(patients))}")
+    if not set(patients) - {hold_out}:
+        raise ConfigError("no patient is left to train on; pass more cases, or hold none out")
+
+
 def fit(
     config: FitConfig,
     *,
@@ -118,8 +139,8 @@ def fit(
         progress: Called as (step, steps, loss).
 
     Raises:
-        InputError: The checkpoint is damaged or of another training, the loss is not finite; or `out` or its card is
-            there already, and of another training.
+        InputError: The checkpoint is damaged or of another training, the loss is not finite, the patient held out has
+            nothing to measure on; or `out` or its card is there already, and of another training.
         OutputError: `out` cannot be written to.
     """
     check_device(config.device)
@@ -135,6 +156,9 @@ def fit(
         return {key: made[key] for key in ("curve", "fit", "seconds")}
     resumable = {**whole, "version": synthlong.__version__}
     first, curve, losses, seconds = _resume(checkpoint, resumable, model, adam)
+    if held_out is not None:
+        for n in range(len(config.sides)):  # one that nothing can be drawn from says so now
+            _held_out_sample(held_out, config, n)
     started = saved = time.monotonic()
     with held_signals() as stopped:
         for step in range(first, config.steps):
@@ -191,13 +215,13 @@ def fit_on_cases(
         hold_out: Patient whose visits are kept out of training and measure the error.
         card: What the card says beside the figures.
         progress: Called as (step, steps, loss).
+
+    Raises:
+        SynthlongError: As for `check_fit` and `fit`.
     """
     patients = sorted({patient_of(c.id) for c in cases})
-    if hold_out is not None and hold_out not in patients:
-        raise ConfigError(f"--hold-out {hold_out}: no such patient; there are {', '.join(patients)}")
+    check_fit(config, out, patients=patients, hold_out=hold_out)
     groups = [[c for c in cases if (patient_of(c.id) == hold_out) == kept_out] for kept_out in (False, True)]
-    if not groups[0]:
-        raise ConfigError("no patient is left to train on; pass more cases, or hold none out")
     samplers: list[Sampler | None] = [None, None]
     network = inpainting.NETWORK if task == "inpainter" else painting.NETWORK
     for n, group in enumerate(groups):
@@ -210,7 +234,6 @@ def fit_on_cases(
     training, held_out = samplers
     assert training is not None
     about = {"patients": patients, "held_out": hold_out, "sources": {c.id: c.sources for c in cases}}
-    make_place(out)
     with file_lock(out):
         return fit(
             config,
@@ -234,8 +257,7 @@ def hole_errors(model: UNet, sampler: Sampler, config: FitConfig) -> dict[str, f
     model.eval()
     errors = []
     for n in range(_HELD_OUT_SAMPLES):
-        rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(1, n)))
-        sample = sampler.draw(rng, side=config.sides[n % len(config.sides)], varied=False)
+        sample = _held_out_sample(sampler, config, n)
         change = infer(model, sample.inputs, precision=config.precision, device=config.device)
         hole = sample.weight > 0.5
         guess, truth = sample.inputs[1:2][hole], sample.target[hole]
@@ -247,6 +269,11 @@ def hole_errors(model: UNet, sampler: Sampler, config: FitConfig) -> dict[str, f
         "mae_first_guess": round(float(first), 5),
         "bias": round(float(bias), 5),
     }
+
+
+def _held_out_sample(sampler: Sampler, config: FitConfig, n: int) -> Sample:
+    rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(1, n)))
+    return sampler.draw(rng, side=config.sides[n % len(config.sides)], varied=False)
 
 
 def _autocast(config: FitConfig) -> torch.autocast:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from running import asking_to_stop, stopped
 from synthlong_cli import fit as verb
+from synthlong_cli.main import main
 
 from synthlong import fitting
 from synthlong.errors import ConfigError, InputError
@@ -192,6 +193,70 @@ def test_fit_on_cases_keeps_a_patient_out(small_case, tmp_path, monkeypatch, tas
         fit_on_cases(task, cases, out, config=config, hold_out="a_ses-1", card={})
     with pytest.raises(ConfigError, match="no patient is left"):
         fit_on_cases(task, cases[:2], out, config=config, hold_out="a", card={})
+
+
+def test_a_patient_without_lesions_cannot_be_held_out(small_case, tmp_path, monkeypatch):
+    lesions = np.zeros_like(small_case.lesions)
+    lesions[8:11, 20, 20] = lesions[9, 19:22, 20] = 1
+    cases = [replace(small_case, id="a", lesions=lesions), replace(small_case, id="b", lesions=np.zeros_like(lesions))]
+    monkeypatch.setattr("synthlong.painting.NETWORK", NETWORK)
+    steps = []
+    with pytest.raises(InputError, match="b: no lesions to learn from"):
+        fit_on_cases(
+            "generator",
+            cases,
+            tmp_path / "w.safetensors",
+            config=CONFIG,
+            hold_out="b",
+            card={},
+            progress=lambda step, *_: steps.append(step),
+        )
+    assert not steps
+
+
+@pytest.fixture
+def words(manifest, tmp_path, monkeypatch):
+    """`fit generator` on the two cases of the manifest and one that is no scan, and what it would fit."""
+    (tmp_path / "bad.nii.gz").write_bytes(b"no scan")
+    folder, rows = manifest.parent, manifest.read_text().split()
+    listed = [rows[0], *(f"{s},{folder / f},{folder / m}" for s, f, m in (row.split(",") for row in rows[1:]))]
+    (tmp_path / "cases.csv").write_text("\n".join([*listed, "p3,bad.nii.gz,bad.nii.gz"]) + "\n")
+    called = {}
+    figures = {"curve": [{"step": 1}]}
+    monkeypatch.setattr(
+        fitting, "fit_on_cases", lambda task, cases, out, **kw: called.update(kw, cases=cases) or figures
+    )
+    return ["fit", "generator", str(tmp_path / "cases.csv"), "-o", str(tmp_path / "w.safetensors")], called
+
+
+@pytest.mark.filterwarnings("ignore::synthlong.errors.InputWarning")
+def test_a_bad_case_is_left_out(words, capsys):
+    arguments, called = words
+    assert main([*arguments, "--hold-out", "sub-cs19", "--precision", "float32", "--device", "cpu:0"]) == 1
+    assert [case.id for case in called["cases"]] == ["cs07", "cs19"]
+    assert called["hold_out"] == "cs19"
+    assert called["card"]["command"].endswith("--hold-out cs19 --device cpu:0 --precision float32")
+    assert "left out: p3: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "said"),
+    [
+        (["--hold-out", "p9"], 2, "--hold-out p9: no such patient; there are cs07, cs19, p3"),
+        (["--device", "cuda:99"], 2, "cuda:99"),
+        (["-o", "/proc/none/w.safetensors"], 3, "proc/none"),
+    ],
+)
+def test_what_is_wrong_is_said_before_cases_are_read(words, monkeypatch, capsys, more, code, said):
+    monkeypatch.setattr("synthlong.manifest.CaseFiles.read", lambda self: pytest.fail("read"))
+    assert main([*words[0], *more]) == code
+    assert said in capsys.readouterr().err
+
+
+def test_no_usable_case(words, tmp_path, capsys):
+    (tmp_path / "cases.csv").write_text("subject,flair,mask\np3,bad.nii.gz,bad.nii.gz\n")
+    assert main(words[0]) == 1
+    assert "no case can be used; see `synthlong check`" in capsys.readouterr().err
 
 
 def test_variations_keep_the_background():
