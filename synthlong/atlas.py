@@ -22,7 +22,6 @@ from synthlong.nifti import read_nifti
 __all__ = [
     "MNI_SHAPE",
     "decode_log",
-    "encode_log",
     "lesion_prior",
     "mirror",
     "mni_affine",
@@ -56,7 +55,7 @@ def prior_path() -> Path:
 def lesion_prior(path: str | Path | None = None) -> tuple[Array, NDArray[np.float64]]:
     """Return the lesion frequency in MNI152 space and its affine.
 
-    The shipped map is stored as logarithms in 8 bits (`encode_log`, relative error up to 2.3 %).
+    The shipped map is stored as logarithms in 8 bits (relative error up to 2.3 %).
 
     Args:
         path: A NIfTI file with a lesion frequency in MNI152 space, on any grid; it is resampled linearly.
@@ -125,17 +124,8 @@ def mirror(values: NDArray) -> NDArray:
     return out
 
 
-def encode_log(values: NDArray) -> NDArray[np.uint8]:
-    """Code values in 0..1 in 8 bits: 0 below 1e-5, else 1 + 254 log(v / 1e-5) / log(1e5), rounded.
-
-    A step is a factor of 1.046, so the relative error is up to 2.3 %.
-    """
-    coded = 1 + 254 * np.log(np.clip(values, LOG_MIN, LOG_MAX) / LOG_MIN) / np.log(LOG_MAX / LOG_MIN)
-    return np.where(np.asarray(values) < LOG_MIN, 0, np.rint(coded)).astype(np.uint8)
-
-
 def decode_log(coded: NDArray[np.uint8]) -> Array:
-    """Return the values that `encode_log` coded."""
+    """Return the values that `assets.build.encode_log` coded."""
     steps = (np.arange(256) - 1) / 254
     table = LOG_MIN * (LOG_MAX / LOG_MIN) ** steps
     table[0] = 0
@@ -145,8 +135,7 @@ def decode_log(coded: NDArray[np.uint8]) -> Array:
 @lru_cache(maxsize=1)
 def _shipped_prior() -> Array:
     with np.load(prior_path()) as file:
-        coded = file["frequency"]
-    frequency = decode_log(_unfold(coded) if coded.shape != MNI_SHAPE else coded)
+        frequency = decode_log(_unfold(file["frequency"]))
     frequency.setflags(write=False)
     return frequency
 

@@ -6,29 +6,45 @@ they neither appear nor vanish, so those above a limit are split at their necks 
 
 from __future__ import annotations
 
+import io
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from heapq import heapify, heappop, heappush
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from synthlong.errors import InputError
+from synthlong.case import Case
+from synthlong.errors import ConfigError, InputError
 from synthlong.hole import grown_box
 
-__all__ = ["SMALLEST_EVENT_MM3", "LesionBank", "LesionMap", "Shape", "build_bank", "core", "find_lesions"]
+__all__ = [
+    "SMALLEST_EVENT_MM3",
+    "LesionBank",
+    "LesionMap",
+    "Shape",
+    "build_bank",
+    "core",
+    "find_lesions",
+    "shape_of",
+    "shapes_in",
+    "write_bank",
+]
 
 SMALLEST_EVENT_MM3 = 3.0
 """No lesion of this volume or less is new or vanished: the challenge's scores drop those."""
 
 _TOUCHING = np.ones((3, 3, 3), bool)
 _NECK_RADIUS = 4
+_LARGEST_MM3 = 3000.0
+_WIDEST = 40
+_FULL = 0.15
+_FIELDS = ("extents", "centres_mm", "volumes_mm3", "bits", "ends", "profiles")
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,20 +68,19 @@ class LesionMap:
         return len(self.boxes)
 
 
-def find_lesions(mask: NDArray, *, max_event_mm3: float, voxel_mm3: float = 1.0) -> LesionMap:
+def find_lesions(mask: NDArray, *, max_event_mm3: float) -> LesionMap:
     """Number the 26-connected lesions of a mask, splitting those over `max_event_mm3` at their necks.
 
     The split is a watershed of the distance to the border, from maxima at least 4 voxels apart. Parts that
     are still too large stay as they are: present at both visits.
 
     Args:
-        mask: Lesion voxels, shape `(I, J, K)`, zero or not.
+        mask: Lesion voxels of 1 mm3, shape `(I, J, K)`, zero or not.
         max_event_mm3: Largest lesion that may change between the visits.
-        voxel_mm3: Volume of a voxel.
     """
     labels, n = ndimage.label(np.asarray(mask) != 0, _TOUCHING)
     labels = labels.astype(np.int32, copy=False)
-    volumes = np.bincount(labels.ravel(), minlength=n + 1)[1:] * voxel_mm3
+    volumes = np.bincount(labels.ravel(), minlength=n + 1)[1:]
     for number, box in enumerate(ndimage.find_objects(labels), start=1):
         if volumes[number - 1] > max_event_mm3:
             whole = labels[box] == number
@@ -73,7 +88,7 @@ def find_lesions(mask: NDArray, *, max_event_mm3: float, voxel_mm3: float = 1.0)
             extra = parts > 1
             labels[box][extra] = parts[extra] - 1 + n
             n += int(parts.max()) - 1
-    volumes = np.bincount(labels.ravel(), minlength=n + 1)[1:] * voxel_mm3
+    volumes = np.bincount(labels.ravel(), minlength=n + 1)[1:]
     return LesionMap(
         labels=labels,
         volumes_mm3=volumes.astype(np.float64),
@@ -226,10 +241,9 @@ def read_bank(path: Path | None = None) -> LesionBank:
         InputError: Not a lesion bank.
     """
     path = path or LesionBank.default_path()
-    fields = ("extents", "centres_mm", "volumes_mm3", "bits", "ends", "profiles")
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
-            bank = LesionBank(**{name: stored[name] for name in fields})
+            bank = LesionBank(**{name: stored[name] for name in _FIELDS})
         bytes_of = -(-bank.extents.astype(np.int64).prod(axis=1) // 8)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(path, f"not a lesion bank ({type(error).__name__})", "build one anew") from error
@@ -238,64 +252,74 @@ def read_bank(path: Path | None = None) -> LesionBank:
     return bank
 
 
-def build_bank(data: Path, out: Path, *, largest_mm3: float = 3000.0, widest: int = 40) -> dict[str, Any]:
-    """Build the shipped lesion bank from `open_ms` masks and the `csim` shapes.
+def build_bank(cases: Iterable[Case]) -> LesionBank:
+    """Return the bank of the lesions of cases: shapes by `shape_of`, each once, and profiles of typical ones.
 
-    Left out: 3 mm3 or less, more than `largest_mm3`, wider than `widest` voxels, repeated ones, and shapes
-    that fill under 15 % of their box (sheets and strings left by registration).
+    Args:
+        cases: Scans with lesion masks, such as `manifest.read_cases` yields.
 
-    Returns:
-        Counts by source, for the card.
+    Raises:
+        ConfigError: The cases have no such lesion, or none that can be told from the tissue around it.
     """
-    from synthlong.atlas import MNI_SHAPE, mni_affine
-    from synthlong.nifti import read_nifti
+    from synthlong.profile import profiles_in, typical, visible
 
     shapes: list[Shape] = []
-    counts: dict[str, Any] = {}
-    affine = mni_affine()
-
-    def add(voxels: NDArray[np.bool_], first: NDArray[np.int64]) -> None:
-        if not SMALLEST_EVENT_MM3 < voxels.sum() <= largest_mm3 or max(voxels.shape) > widest:
-            return
-        if voxels.mean() < 0.15:
-            return
-        centre = affine[:3, :3] @ (np.argwhere(voxels).mean(axis=0) + first) + affine[:3, 3]
-        shapes.append(Shape(voxels, (float(centre[0]), float(centre[1]), float(centre[2]))))
-
-    for path in sorted((data / "open_ms" / "cross_sectional").glob("*desc-lesions_mask.nii.gz")):
-        volume = read_nifti(path, allow_empty=True)
-        labels, _ = ndimage.label(volume.data[::-1] > 0, _TOUCHING)  # stored LAS
-        for number, box in enumerate(ndimage.find_objects(labels), start=1):
-            add(labels[box] == number, np.array([s.start for s in box]))
-    counts["open_ms"] = len(shapes)
-    with np.load(data / "csim" / "lesions.npz", allow_pickle=False) as z:
-        for n, (first, sides, end) in enumerate(zip(z["offset"], z["shape"], z["end"], strict=True)):
-            start = z["end"][n - 1] if n else 0
-            flat = np.unpackbits(z["bits"][start:end])[: int(np.prod(sides))]
-            first = np.asarray(first, np.int64)
-            first[0] = MNI_SHAPE[0] - first[0] - sides[0]  # stored LAS, as the masks
-            add(flat.reshape(sides).astype(bool)[::-1], first)
-    distinct = {(s.centre_mm, s.voxels.tobytes()): s for s in shapes}
-    counts["csim"] = len(distinct) - counts["open_ms"]
-    bank = LesionBank.from_shapes(list(distinct.values()), _profiles_of(data))
-    fields = {f: getattr(bank, f) for f in ("extents", "centres_mm", "volumes_mm3", "bits", "ends", "profiles")}
-    np.savez_compressed(out, allow_pickle=False, **fields)
-    return counts
+    profiles = []
+    for case in cases:
+        shapes += shapes_in(case.lesions, case.affine)
+        lesions = find_lesions(case.lesions, max_event_mm3=_LARGEST_MM3)
+        profiles.append(profiles_in(case.flair, lesions)[typical(lesions)])
+    if not shapes or not len(visible(np.concatenate(profiles))):
+        raise ConfigError("a lesion bank needs lesions over 3 mm3, apart and brighter than tissue; pass more cases")
+    return LesionBank.from_shapes(distinct(shapes), np.concatenate(profiles))
 
 
-def _profiles_of(data: Path) -> NDArray[np.float32]:
-    """Return the profiles of the typical lesions of all labelled scans."""
-    from synthlong.case import read_case
-    from synthlong.profile import profiles_in, typical
+def write_bank(bank: LesionBank, out: Path) -> None:
+    """Write a bank as `.npz`; use it as `lesion_bank` in a config.
 
-    found = []
-    for mask in sorted(data.rglob("*_desc-lesions_mask.nii.gz")):
-        flair = mask.with_name(mask.name.replace("desc-lesions_mask", "FLAIR"))
-        if flair.exists():
-            case = read_case(flair, mask)
-            lesions = find_lesions(case.lesions, max_event_mm3=3000.0)
-            found.append(profiles_in(case.flair, lesions)[typical(lesions)])
-    return np.concatenate(found)
+    Raises:
+        OutputError: The place cannot be written to.
+    """
+    from synthlong.dataset.writer import publish
+
+    file = io.BytesIO()
+    np.savez_compressed(file, allow_pickle=False, **{name: getattr(bank, name) for name in _FIELDS})
+    publish(out, file.getvalue())
+
+
+def shapes_in(mask: NDArray, affine: NDArray[np.float64]) -> list[Shape]:
+    """Return the shapes of a mask's 26-connected lesions that a bank can hold; see `shape_of`.
+
+    Args:
+        mask: Lesion voxels, shape `(I, J, K)`, 1 mm, RAS+.
+        affine: Voxel to MNI millimetres.
+    """
+    labels, _ = ndimage.label(np.asarray(mask) != 0, _TOUCHING)
+    boxes = enumerate(ndimage.find_objects(labels), start=1)
+    found = (shape_of(labels[box] == number, np.array([s.start for s in box]), affine) for number, box in boxes)
+    return [shape for shape in found if shape is not None]
+
+
+def shape_of(voxels: NDArray[np.bool_], first: NDArray[np.int64], affine: NDArray[np.float64]) -> Shape | None:
+    """Return a lesion's shape, None if a bank does not hold such.
+
+    Left out: 3 mm3 or less, more than 3,000 mm3, wider than 40 voxels, and what fills under 15 % of its box (sheets and
+    strings left by registration).
+
+    Args:
+        voxels: The lesion in its bounding box.
+        first: First voxel of the box.
+        affine: Voxel to MNI millimetres.
+    """
+    if not SMALLEST_EVENT_MM3 < voxels.sum() <= _LARGEST_MM3 or max(voxels.shape) > _WIDEST or voxels.mean() < _FULL:
+        return None
+    centre = affine[:3, :3] @ (np.argwhere(voxels).mean(axis=0) + first) + affine[:3, 3]
+    return Shape(voxels, (float(centre[0]), float(centre[1]), float(centre[2])))
+
+
+def distinct(shapes: Iterable[Shape]) -> list[Shape]:
+    """Return each shape at its place once."""
+    return list({(s.centre_mm, s.voxels.tobytes()): s for s in shapes}.values())
 
 
 def grown(mask: NDArray, margin: int) -> NDArray[np.bool_]:

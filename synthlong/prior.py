@@ -7,7 +7,7 @@ patient p over that patient's visits, and a map b(x) published from B patients,
 
 where G is a Gaussian and R averages f with its left-right mirror. What is drawn from is the density
 (1 - e) f / sum(f) + e / n over the n brain voxels: the floor e keeps every place possible. `fwhm_mm`, R and
-the sources were chosen by `held_out_log_likelihood`; the figures are in `assets/prior.md`.
+the sources were chosen by `assets.build.held_out_log_likelihood`; the figures are in `assets/prior.md`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,10 +30,7 @@ from synthlong.nifti import read_nifti, write_nifti
 __all__ = [
     "FLOOR",
     "FWHM_MM",
-    "SYMMETRIC",
-    "HeldOut",
     "build_prior",
-    "held_out_log_likelihood",
     "patient_in",
     "read_mask",
     "with_floor",
@@ -44,7 +40,6 @@ __all__ = [
 Subjects = Iterable[tuple[str, NDArray]]
 
 FWHM_MM = 6.0
-SYMMETRIC = True
 FLOOR = 0.02
 _RIM_MM = 3.0
 _MOST_LESIONS_ML = 500
@@ -56,7 +51,7 @@ def build_prior(
     *,
     background: tuple[NDArray, float] | None = None,
     fwhm_mm: float = FWHM_MM,
-    symmetric: bool = SYMMETRIC,
+    symmetric: bool = True,
 ) -> Array:
     """Return the smoothed lesion frequency over patients.
 
@@ -75,7 +70,7 @@ def build_prior(
     """
     if not fwhm_mm >= 0:
         raise ConfigError(f"fwhm_mm is {fwhm_mm}; it must be 0 or more")
-    means = _patient_means(masks)
+    means = patient_means(masks)
     total, patients = np.zeros(MNI_SHAPE, np.float32), float(len(means))
     for mean in means.values():
         total += mean
@@ -84,7 +79,7 @@ def build_prior(
         patients += background[1]
     if patients <= 0:
         raise ConfigError("a lesion prior needs at least one mask")
-    return np.clip(_smooth(total / np.float32(patients), fwhm_mm, symmetric), 0, 1)
+    return np.clip(smoothed(total / np.float32(patients), fwhm_mm, symmetric), 0, 1)
 
 
 def with_floor(frequency: Array, *, floor: float = FLOOR) -> Array:
@@ -97,65 +92,9 @@ def with_floor(frequency: Array, *, floor: float = FLOOR) -> Array:
     Returns:
         `(1 - floor) f + floor mean(f)` in the template's brain and a 3 mm rim around it, 0 beyond.
     """
-    brain, rim = _brain_and_rim()
+    brain, rim = brain_and_rim()
     mean = np.float32(floor * frequency[brain].mean(dtype=np.float64))
     return np.where(rim, np.float32(1 - floor) * frequency + mean, np.float32(0))
-
-
-class HeldOut(NamedTuple):
-    """Log-likelihood (nats) per lesion voxel of patients that the prior has not seen."""
-
-    mean: float
-    sem: float
-    per_patient: dict[str, float]
-    outside: float
-    """Share of all lesion voxels that lie outside the brain; they do not count."""
-
-
-def held_out_log_likelihood(
-    masks: Subjects,
-    *,
-    use_masks: bool = True,
-    background: tuple[NDArray, float] | None = None,
-    fwhm_mm: float = FWHM_MM,
-    symmetric: bool = SYMMETRIC,
-    floor: float = FLOOR,
-) -> HeldOut:
-    """Score a way of building the prior, leaving out one patient at a time.
-
-    The prior from the other patients (and the background) becomes a density over the n voxels of the
-    template's brain, (1 - floor) f / sum(f) + floor / n. A patient's score is the mean logarithm of it over
-    the voxels of the patient's own mask (weighted by the share of visits that mark the voxel).
-
-    Args:
-        masks: As for `build_prior`.
-        use_masks: False scores the background alone, or without one the uniform density.
-        background: As for `build_prior`; its patients are never left out.
-        fwhm_mm: As for `build_prior`.
-        symmetric: As for `build_prior`.
-        floor: Share of the density that is spread evenly over the brain, in (0, 1]; 1 is uniform.
-    """
-    means = _patient_means(masks)
-    brain, _ = _brain_and_rim()
-    total = np.zeros(MNI_SHAPE, np.float32)
-    if background is not None:
-        weighted = np.float32(background[1]) * np.asarray(background[0], np.float32)
-        total += _smooth(weighted, fwhm_mm, symmetric)
-    smooth = {s: _smooth(m, fwhm_mm, symmetric)[brain] for s, m in means.items()} if use_masks else {}
-    everyone = total[brain] + sum(smooth.values(), np.zeros(1, np.float32))
-    scores, lost, count = {}, 0.0, 0.0
-    for subject, mean in means.items():
-        frequency = np.maximum(everyone - smooth.get(subject, np.float32(0)), 0).astype(np.float64)
-        density = np.full(frequency.size, floor / frequency.size)
-        if (mass := frequency.sum()) > 0:
-            density += (1 - floor) * frequency / mass
-        else:
-            density /= floor
-        weight = mean[brain]
-        scores[subject] = float(weight @ np.log(density) / weight.sum())
-        count, lost = count + float(mean.sum()), lost + float(mean[~brain].sum())
-    values = np.array(list(scores.values()))
-    return HeldOut(float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))), scores, lost / count)
 
 
 def write_prior(
@@ -163,7 +102,7 @@ def write_prior(
     out: str | Path,
     *,
     fwhm_mm: float = FWHM_MM,
-    symmetric: bool = SYMMETRIC,
+    symmetric: bool = True,
     prefer: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Array:
@@ -231,7 +170,7 @@ def read_mask(path: str | Path, *, prefer: str | None = None) -> tuple[str, Arra
     if volume_ml > _MOST_LESIONS_ML:
         raise InputError(path, f"covers {volume_ml:.0f} ml, like a brain mask", "give lesion masks")
     mask = sample_map(volume.data > 0, volume.affine, MNI_SHAPE, mni_affine())
-    _, rim = _brain_and_rim()
+    _, rim = brain_and_rim()
     if (inside := mask[rim].sum()) < (1 - MOST_OUTSIDE) * mask.sum() or not inside:
         share = 1 - inside / max(mask.sum(), 1)
         raise InputError(path, f"{share:.0%} of its lesions lie outside the MNI brain", "give masks in MNI152 space")
@@ -245,14 +184,14 @@ def patient_in(path: str | Path) -> str:
 
 
 @lru_cache(maxsize=1)
-def _brain_and_rim() -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def brain_and_rim() -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Return the template's brain, and it with the voxels up to `_RIM_MM` outside it."""
     csf, gm, wm = tissue_maps()
     brain = csf + gm + wm > 0
     return brain, ndimage.distance_transform_edt(~brain) <= _RIM_MM
 
 
-def _patient_means(masks: Subjects) -> Mapping[str, Array]:
+def patient_means(masks: Subjects) -> Mapping[str, Array]:
     """Return each subject's mean mask over visits."""
     sums: dict[str, Array] = {}
     visits: dict[str, int] = {}
@@ -267,7 +206,7 @@ def _patient_means(masks: Subjects) -> Mapping[str, Array]:
     return {subject: total / np.float32(visits[subject]) for subject, total in sums.items()}
 
 
-def _smooth(values: Array, fwhm_mm: float, symmetric: bool) -> Array:
+def smoothed(values: Array, fwhm_mm: float, symmetric: bool) -> Array:
     """Smooth by a Gaussian (cut at 4 SD, 1 mm voxels) and average with the mirror."""
     if fwhm_mm > 0:
         values = ndimage.gaussian_filter(values, fwhm_mm / _FWHM_PER_SD, mode="constant")

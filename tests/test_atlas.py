@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from synthlong import atlas, prior
+from synthlong.assets import build
 from synthlong.atlas import MNI_SHAPE, lesion_prior, mirror, mni_affine, sample_map, tissue_maps
 from synthlong.errors import ConfigError, InputError, OutputError
 from synthlong.nifti import write_nifti
@@ -171,7 +172,7 @@ def test_held_out_likelihood_against_a_plain_computation(brain):
     visits = [("a", 0), ("a", 3), ("b", 5), ("c", -4)]
     masks = [(s, world_box((18 + d, -30 + d, 20), (28 + d, -20 + d, 28 + d))) for s, d in visits]
     published = rng.random(MNI_SHAPE, dtype=np.float32) * 0.1
-    got = prior.held_out_log_likelihood(masks, background=(published, 2), fwhm_mm=3, symmetric=True, floor=0.2)
+    got = build.held_out_log_likelihood(masks, background=(published, 2), fwhm_mm=3, symmetric=True, floor=0.2)
     expected = {}
     for held in "abc":
         others = [(s, m) for s, m in masks if s != held]
@@ -185,7 +186,7 @@ def test_held_out_likelihood_against_a_plain_computation(brain):
     assert np.isclose(got.mean, values.mean(), atol=1e-3)
     assert np.isclose(got.sem, values.std(ddof=1) / np.sqrt(3), atol=1e-3)
     assert got.outside == 0
-    uniform = prior.held_out_log_likelihood(masks, use_masks=False, floor=1.0)
+    uniform = build.held_out_log_likelihood(masks, use_masks=False, floor=1.0)
     assert np.isclose(uniform.mean, -np.log(brain.sum()))
     assert uniform.mean < got.mean
 
@@ -326,11 +327,11 @@ def test_unusable_files_are_named(tmp_path):
 
 def test_log_code_keeps_relative_precision():
     values = np.geomspace(1e-5, 1, 5000)
-    coded = atlas.encode_log(values)
+    coded = build.encode_log(values)
     assert coded.min() == 1
     assert coded.max() == 255
     assert np.abs(atlas.decode_log(coded) / values - 1).max() < 0.023
-    assert atlas.decode_log(atlas.encode_log(np.array([0.0, 9e-6]))).tolist() == [0, 0]
+    assert atlas.decode_log(build.encode_log(np.array([0.0, 9e-6]))).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,16 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from synthlong.errors import InputError
-from synthlong.lesions import LesionBank, Shape, core, find_lesions, grown, read_bank
+from synthlong.errors import ConfigError, InputError
+from synthlong.lesions import LesionBank, Shape, build_bank, core, find_lesions, grown, read_bank, write_bank
+from synthlong.manifest import read_cases
+from synthlong.recipe import draw_recipe, rng_of
+from synthlong.synthesis import SynthesisConfig
 
 TOUCHING = np.ones((3, 3, 3))
 
@@ -172,6 +177,37 @@ def test_the_shipped_bank_is_sound():
         assert voxels.sum() == bank.volumes_mm3[n] > 3
         assert all(voxels.any(axis=tuple({0, 1, 2} - {a}))[[0, -1]].all() for a in range(3))
         assert ndimage.label(voxels, TOUCHING)[1] == 1
+
+
+@pytest.mark.filterwarnings("ignore::synthlong.errors.InputWarning")
+def test_a_bank_of_one_s_own_cases(manifest, tmp_path):
+    cases = list(read_cases(manifest))
+    bank = build_bank([*cases, cases[0]])  # twice is once
+    write_bank(bank, tmp_path / "bank.npz")
+    read = read_bank(tmp_path / "bank.npz")
+    volumes, at = [], []
+    for case in cases:
+        labels, _ = ndimage.label(case.lesions, TOUCHING)
+        for number, box in enumerate(ndimage.find_objects(labels), start=1):
+            own = labels == number
+            if 3 < own.sum() <= 3000 and own[box].mean() >= 0.15:
+                volumes.append(own.sum())
+                at.append(case.affine[:3] @ [*np.argwhere(own).mean(axis=0), 1])
+    assert 5 < len(read) == len(volumes)
+    assert read.volumes_mm3.tolist() == volumes
+    np.testing.assert_allclose(read.centres_mm, at, atol=1e-3)
+    assert len(read.profiles) > 0
+    assert np.array_equal(read.profiles, bank.profiles)
+    drawn = draw_recipe(
+        cases[0], SynthesisConfig(lesion_bank=str(tmp_path / "bank.npz"), new_mean=4), rng_of(1, "a", 0)
+    )
+    assert max(e.site.shape for e in drawn.events if e.site) < len(read)
+
+
+def test_cases_without_lesions_make_no_bank(small_case):
+    for cases in ([], [replace(small_case, lesions=np.zeros_like(small_case.lesions))]):
+        with pytest.raises(ConfigError, match="a lesion bank needs lesions"):
+            build_bank(cases)
 
 
 def test_damaged_banks_are_refused(tmp_path):

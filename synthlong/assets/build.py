@@ -10,18 +10,21 @@ import argparse
 import gzip
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from synthlong import atlas, prior
+from synthlong import atlas, lesions, prior
+from synthlong.case import read_case
 from synthlong.nifti import read_nifti
 
 CASES = ("cs07", "cs19")
 CSIM_PATIENTS = 46.0
 CSIM_WEIGHT = 5.0  # what the shipped prior counts them as: `prior.md` says why
 FLAIR_STEP = 1e-3
+_MASKS = "*_desc-lesions_mask.nii.gz"
 FWHMS_MM = (4.0, 6.0, 8.0, 10.0, 12.0, 16.0)
 
 
@@ -54,10 +57,18 @@ def build_tissue(out: Path) -> None:
 def build_prior(data: Path, out: Path) -> None:
     """Build the shipped lesion frequency and store the logarithm of its left half in 8 bits."""
     frequency = prior.build_prior(_masks(data), background=(_csim(data), CSIM_WEIGHT))
-    coded = atlas.encode_log(prior.with_floor(frequency))
-    if prior.SYMMETRIC:
-        coded = coded[:92]
-    np.savez_compressed(out / "prior.npz", frequency=coded)
+    np.savez_compressed(out / "prior.npz", frequency=encode_log(prior.with_floor(frequency))[:92])
+
+
+def encode_log(values: NDArray) -> NDArray[np.uint8]:
+    """Code values in 0..1 in 8 bits: 0 below 1e-5, else 1 + 254 log(v / 1e-5) / log(1e5), rounded.
+
+    A step is a factor of 1.046, so the relative error is up to 2.3 %.
+    """
+    coded = 1 + 254 * np.log(np.clip(values, atlas.LOG_MIN, atlas.LOG_MAX) / atlas.LOG_MIN) / np.log(
+        atlas.LOG_MAX / atlas.LOG_MIN
+    )
+    return np.where(np.asarray(values) < atlas.LOG_MIN, 0, np.rint(coded)).astype(np.uint8)
 
 
 def score_priors(data: Path) -> None:
@@ -67,7 +78,7 @@ def score_priors(data: Path) -> None:
     print("|---|---|---|---|---|---|---|---|")
 
     def row(sources: str, fwhm: float, both: bool, floor: float = 0.05, weight: float = CSIM_PATIENTS) -> None:
-        score = prior.held_out_log_likelihood(
+        score = held_out_log_likelihood(
             masks,
             use_masks="masks" in sources,
             background=(csim, weight) if "csim" in sources else None,
@@ -91,15 +102,90 @@ def score_priors(data: Path) -> None:
         row(f"masks + csim as {CSIM_WEIGHT:g} patients", prior.FWHM_MM, True, floor, CSIM_WEIGHT)
 
 
+class HeldOut(NamedTuple):
+    """Log-likelihood (nats) per lesion voxel of patients that the prior has not seen."""
+
+    mean: float
+    sem: float
+    per_patient: dict[str, float]
+    outside: float
+    """Share of all lesion voxels that lie outside the brain; they do not count."""
+
+
+def held_out_log_likelihood(
+    masks: prior.Subjects,
+    *,
+    use_masks: bool = True,
+    background: tuple[NDArray, float] | None = None,
+    fwhm_mm: float = prior.FWHM_MM,
+    symmetric: bool = True,
+    floor: float = prior.FLOOR,
+) -> HeldOut:
+    """Score a way of building the prior, leaving out one patient at a time.
+
+    The prior from the other patients (and the background) becomes a density over the n voxels of the
+    template's brain, (1 - floor) f / sum(f) + floor / n. A patient's score is the mean logarithm of it over
+    the voxels of the patient's own mask (weighted by the share of visits that mark the voxel).
+
+    Args:
+        masks: As for `prior.build_prior`.
+        use_masks: False scores the background alone, or without one the uniform density.
+        background: As for `prior.build_prior`; its patients are never left out.
+        fwhm_mm: As for `prior.build_prior`.
+        symmetric: As for `prior.build_prior`.
+        floor: Share of the density that is spread evenly over the brain, in (0, 1]; 1 is uniform.
+    """
+    means = prior.patient_means(masks)
+    brain, _ = prior.brain_and_rim()
+    total = np.zeros(atlas.MNI_SHAPE, np.float32)
+    if background is not None:
+        weighted = np.float32(background[1]) * np.asarray(background[0], np.float32)
+        total += prior.smoothed(weighted, fwhm_mm, symmetric)
+    smooth = {s: prior.smoothed(m, fwhm_mm, symmetric)[brain] for s, m in means.items()} if use_masks else {}
+    everyone = total[brain] + sum(smooth.values(), np.zeros(1, np.float32))
+    scores, lost, count = {}, 0.0, 0.0
+    for subject, mean in means.items():
+        frequency = np.maximum(everyone - smooth.get(subject, np.float32(0)), 0).astype(np.float64)
+        density = np.full(frequency.size, floor / frequency.size)
+        if (mass := frequency.sum()) > 0:
+            density += (1 - floor) * frequency / mass
+        else:
+            density /= floor
+        weight = mean[brain]
+        scores[subject] = float(weight @ np.log(density) / weight.sum())
+        count, lost = count + float(mean.sum()), lost + float(mean[~brain].sum())
+    values = np.array(list(scores.values()))
+    return HeldOut(float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))), scores, lost / count)
+
+
 def _masks(data: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    found = sorted(data.glob("open_ms/cross_sectional/*_desc-lesions_mask.nii.gz"))
-    found += sorted(data.glob("mslesseg/*_desc-lesions_mask.nii.gz"))
+    found = [*sorted(data.glob(f"open_ms/cross_sectional/{_MASKS}")), *sorted(data.glob(f"mslesseg/{_MASKS}"))]
     return map(prior.read_mask, found)
 
 
 def _csim(data: Path) -> NDArray[np.float32]:
     volume = read_nifti(data / "csim" / "prior_46_patients.nii.gz")
     return atlas.sample_map(volume.data, volume.affine, atlas.MNI_SHAPE, atlas.mni_affine())
+
+
+def build_bank(data: Path, out: Path) -> None:
+    """Build the shipped lesion bank: shapes of `open_ms` masks and of `csim`, profiles of all labelled scans."""
+    affine = atlas.mni_affine()
+    shapes = []
+    for path in sorted(data.glob("open_ms/cross_sectional/*desc-lesions_mask.nii.gz")):
+        shapes += lesions.shapes_in(read_nifti(path, allow_empty=True).data[::-1], affine)  # stored LAS
+    with np.load(data / "csim" / "lesions.npz", allow_pickle=False) as z:
+        for n, (first, sides, end) in enumerate(zip(z["offset"], z["shape"], z["end"], strict=True)):
+            start = z["end"][n - 1] if n else 0
+            flat = np.unpackbits(z["bits"][start:end])[: int(np.prod(sides))]
+            first = np.asarray(first, np.int64)
+            first[0] = atlas.MNI_SHAPE[0] - first[0] - sides[0]  # stored LAS, as the masks
+            if shape := lesions.shape_of(flat.reshape(sides).astype(bool)[::-1], first, affine):
+                shapes.append(shape)
+    masks = [(m, m.with_name(m.name.replace("desc-lesions_mask", "FLAIR"))) for m in sorted(data.rglob(_MASKS))]
+    labelled = lesions.build_bank(read_case(flair, mask) for mask, flair in masks if flair.exists())
+    bank = lesions.LesionBank.from_shapes(lesions.distinct(shapes), labelled.profiles)
+    lesions.write_bank(bank, out / "lesion_bank.npz")
 
 
 def build_cases(data: Path, out: Path) -> None:
@@ -165,9 +251,7 @@ def main() -> None:
     elif args.asset == "manifest":
         write_training_manifest(args.data, args.out)
     else:
-        from synthlong.lesions import build_bank
-
-        build_bank(args.data, args.out / "lesion_bank.npz")
+        build_bank(args.data, args.out)
     return None
 
 

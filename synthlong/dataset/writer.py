@@ -85,7 +85,6 @@ def encode_shard(
     *,
     config_json: str,
     versions_json: str,
-    spacing_mm: float = 1.0,
     compression: str = "blosc-lz4",
     first_index: int = 0,
 ) -> tuple[bytes, dict[str, Any]]:
@@ -95,7 +94,6 @@ def encode_shard(
         samples: At least one, all of the same side.
         config_json: Canonical configuration, stored as attribute `config`.
         versions_json: Versions of what made the samples, stored as attribute `versions`.
-        spacing_mm: Edge of a voxel.
         compression: "blosc-lz4" or "none".
         first_index: Global pair index of the first sample; the others follow it.
 
@@ -117,7 +115,7 @@ def encode_shard(
         file.attrs["schema"] = SCHEMA  # first of all: `reader` looks for it at the head of the file
         file.attrs["config"] = config_json
         file.attrs["versions"] = versions_json
-        file.attrs["spacing_mm"] = np.float64(spacing_mm)
+        file.attrs["spacing_mm"] = np.float64(1)
         shape = (side, side, side)
         volumes = {
             name: _create(file, name, dtype, (n, *shape), chunk=(1, *shape), compression=compression)
@@ -203,7 +201,6 @@ def write_shard(
     first_index: int,
     config_json: str,
     versions_json: str,
-    spacing_mm: float = 1.0,
     compression: str = "blosc-lz4",
 ) -> dict[str, Any]:
     """Publish `folder/shards/NNNNN.h5`, then its sidecar, and return the sidecar; see `encode_shard`."""
@@ -211,7 +208,6 @@ def write_shard(
         samples,
         config_json=config_json,
         versions_json=versions_json,
-        spacing_mm=spacing_mm,
         compression=compression,
         first_index=first_index,
     )
