@@ -255,10 +255,8 @@ def test_export_is_bids_with_true_geometry(run, tmp_path):
     image = nib.load(tmp_path / f"{anat[2]}FLAIR.nii.gz")
     np.testing.assert_array_equal(image.get_fdata(dtype=np.float32), sample["followup"][0].numpy())
     assert np.allclose(np.abs(np.linalg.det(image.affine)), 1)
-    record = tmp_path / f"derivatives/synthlong/{anat[2]}space-MNI152_desc-evolution_dseg.json"
-    about = json.loads(record.read_text())
-    assert Recipe.from_json(json.dumps(about["Recipe"])) == Recipe.from_json(sample["recipe"])
-    assert about["Run"] == read_plan(run)["run_id"]
+    recipe = tmp_path / "derivatives/synthlong/sub-syn0002/sub-syn0002_recipe.json"
+    assert recipe.read_text().strip() == sample["recipe"]
     with pytest.raises(ConfigError, match=r"has pairs 0\.\.6, not 9"):
         export_pairs(run, tmp_path, numbers=[9])
 
@@ -295,7 +293,8 @@ def test_pybids_finds_visits_and_truth_by_session(run, tmp_path):
     masks = {(f.entities["session"], f.entities["desc"]) for f in layout.get(suffix="mask", **place)}
     assert masks == {("1", "lesionsBaseline"), ("2", "lesionsFollowup"), ("2", "newLesions")}
     (labels,) = layout.get(suffix="dseg", session="2", **place)
-    assert labels.get_metadata()["Recipe"]["case"] == "cs07"
+    assert labels.get_metadata()["Run"] == read_plan(run)["run_id"]
+    assert len(layout.get(suffix="recipe", subject="syn0000")) == 1
     (names,) = layout.get(suffix="dseg", extension=".tsv")
     assert names.get_df()["name"].tolist() == ["stable", "new", "vanished", "enlarged part", "shrunk part"]
     versions = {json.loads(p.read_bytes())["BIDSVersion"] for p in tmp_path.rglob("dataset_description.json")}

@@ -2,9 +2,10 @@
 
 DIR/sub-synNNNN/ses-{1,2}/anat/sub-synNNNN_ses-{1,2}_FLAIR.{nii.gz,json}
 DIR/participants.tsv                           whose scan each pair was made from
+DIR/derivatives/synthlong/sub-synNNNN/sub-synNNNN_recipe.json
 DIR/derivatives/synthlong/sub-synNNNN/ses-{1,2}/anat/sub-synNNNN_ses-{1,2}_space-MNI152_desc-*_{mask,dseg}.nii.gz
-                          .../ses-2/anat/..._desc-evolution_dseg.json     its recipe, and which run made it
-DIR/derivatives/synthlong/desc-evolution_dseg.tsv                         what its labels mean
+                                           .../ses-2/anat/..._desc-evolution_dseg.json    which run made the pair
+DIR/derivatives/synthlong/desc-evolution_dseg.tsv                                         what its labels mean
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def write_pair(out: Path, number: int, pair: Pair, *, run_id: str) -> Path:
 
 
 def _write(out: Path, number: int, pair: Pair, run_id: str) -> Path:
-    """Write one pair, its record first: what lies there without one is not ours."""
+    """Write one pair, its records first: what lies there without them is not ours."""
     subject = f"sub-syn{number:04d}"
     visits = {"1": pair.baseline, "2": pair.followup}
     raw = {ses: out / subject / f"ses-{ses}" / "anat" / f"{subject}_ses-{ses}_FLAIR.nii.gz" for ses in visits}
@@ -105,13 +106,17 @@ def _write(out: Path, number: int, pair: Pair, run_id: str) -> Path:
         name: _truth(out) / subject / f"ses-{ses}" / "anat" / f"{subject}_ses-{ses}_space-MNI152_{what}.nii.gz"
         for name, (ses, what) in _MASKS.items()
     }
-    about = {"Run": run_id, "Shape": pair.baseline.shape, "Recipe": json.loads(pair.recipe.to_json())}
-    record, text = sidecar_of(masks["evolution"]), json.dumps(about).encode() + b"\n"
-    if record.read_bytes() != text if record.exists() else raw["1"].exists():
-        raise OutputError(raw["1"], "another pair of this number is there", "choose another folder")
+    records = {
+        _truth(out) / subject / f"{subject}_recipe.json": pair.recipe.to_json(),
+        sidecar_of(masks["evolution"]): json.dumps({"Run": run_id, "Shape": pair.baseline.shape}),
+    }
+    for path, text in records.items():
+        if path.read_text() != text + "\n" if path.exists() else raw["1"].exists():
+            raise OutputError(path, "another pair of this number is there", "choose another folder")
     for path in (*raw.values(), *masks.values()):
         path.parent.mkdir(parents=True, exist_ok=True)
-    publish(record, text)
+    for path, text in records.items():
+        publish(path, text.encode() + b"\n")
     for ses, path in raw.items():
         write_nifti(path, visits[ses], pair.affine)
         publish(sidecar_of(path), json.dumps({BRAIN_MODE: 1.0, "SkullStripped": True}).encode() + b"\n")
@@ -145,9 +150,9 @@ def _describe(out: Path) -> None:
 
 
 def _list_participants(out: Path) -> None:
-    """Write the table of all pairs whose records are there, whichever call wrote them."""
+    """Write the table of all pairs whose recipes are there, whichever call wrote them."""
     rows = []
-    for record in sorted(_truth(out).glob("sub-syn*/ses-2/anat/*_desc-evolution_dseg.json")):
-        case = json.loads(record.read_bytes())["Recipe"]["case"]
-        rows.append(f"{record.parents[2].name}\t{patient_of(case)}\t{case}\n")
+    for recipe in sorted(_truth(out).glob("sub-syn*/*_recipe.json")):
+        case = json.loads(recipe.read_bytes())["case"]
+        rows.append(f"{recipe.parent.name}\t{patient_of(case)}\t{case}\n")
     publish(out / "participants.tsv", (_COLUMNS + "".join(rows)).encode())
