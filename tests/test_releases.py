@@ -17,7 +17,7 @@ from synthlong.dataset.verify import verify
 from synthlong.recipe import Recipe
 from synthlong.report import write_report
 
-RUNS = Path(__file__).parent / "golden" / "runs"
+RUNS = Path(__file__).parent / "golden" / "releases"
 DIGESTS = {
     "0.1.0": "887a9f66165d968624be8f0ecfb0a114f379460abf8c7aa2505976cc2f193e9e",
     "0.2.0": "6860c1d3639b37ec13a5340d3b68ddd0cf16384be118a5c7d8a5217a09ce574a",
