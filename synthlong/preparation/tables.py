@@ -18,11 +18,12 @@ from synthlong.errors import InputError, InputWarning
 from synthlong.preparation.derivatives import file_name, read_record
 from synthlong.preparation.scans import Scan, scan_id
 
-__all__ = ["Records", "read_records", "write_tables"]
+__all__ = ["KEYS", "Records", "read_records", "write_tables"]
 
 Records = dict[str, dict[str, Any]]
 
-_KEYS = {"scan", "subject", "session", "space", "visits", "native", "figures", "flags", "files", "stamp"}
+KEYS = {"scan", "subject", "session", "space", "visits", "native", "figures", "flags", "files", "stamp"}
+"""What each record has."""
 
 
 def read_records(out: Path) -> Records:
@@ -34,7 +35,7 @@ def read_records(out: Path) -> Records:
         except InputError as error:
             warnings.warn(str(error), InputWarning, stacklevel=2)
             continue
-        if record and record.keys() >= _KEYS:
+        if record and record.keys() >= KEYS:
             records[str(record["scan"])] = record
     return records
 
