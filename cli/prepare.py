@@ -33,8 +33,10 @@ def prepare(
     """Prepare raw scans: brain, denoising, bias field, registration to MNI space, intensities, tissue."""
     from dataclasses import replace
 
+    from synthlong.errors import short
     from synthlong.preparation.config import PreparationConfig
     from synthlong.preparation.run import prepare as run
+    from synthlong.preparation.scans import find_scans
 
     from .progress import progress_bar
 
@@ -43,13 +45,12 @@ def prepare(
         chosen = replace(chosen, recipe=recipe.value)
     if device:
         chosen = replace(chosen, device=device)
+    found = find_scans(scans, participants=participant_label, brain_mask=brain_mask)
     with progress_bar() as show:
         outcome = run(
-            scans,
+            found,
             out,
             config=chosen,
-            participants=participant_label,
-            brain_mask=brain_mask,
             workers=workers,
             prefer=prefer.value if prefer else None,
             break_lock=break_lock,
@@ -57,13 +58,17 @@ def prepare(
             progress=show,
         )
     if dry_run:
-        for name in outcome.prepared:
-            typer.echo(f"would prepare: {name}")
-        typer.echo(f"{out.name}: {len(outcome.prepared)} scans to prepare, {len(outcome.there)} are there")
-        return
+        for scan in found:
+            if scan.id in outcome.prepared:
+                typer.echo(f"would prepare: {scan.id} ({', '.join(scan.files)})")
     for name, flags in outcome.flagged.items():
-        typer.echo(f"flagged: {name}: {'; '.join(flags)}; look at its picture in {out.name}/figures", err=True)
+        typer.echo(f"flagged: {name}: {'; '.join(flags)}; look at its picture in {short(out / 'figures')}", err=True)
     for subject, problem in outcome.failures.items():
         typer.echo(f"failed: {subject}: {problem}", err=True)
-    typer.echo(f"{out.name}: {len(outcome.prepared)} scans prepared, {len(outcome.there)} were there")
+    if dry_run:
+        bare = sum(scan.mask is None for scan in found)
+        text = f"{len(outcome.prepared)} scans to prepare, {len(outcome.there)} are there"
+        typer.echo(f"{short(out)}: {text}; {bare} of all {len(found)} have no lesion mask")
+    else:
+        typer.echo(f"{short(out)}: {len(outcome.prepared)} scans prepared, {len(outcome.there)} were there")
     raise typer.Exit(1 if outcome.failures or outcome.flagged else 0)

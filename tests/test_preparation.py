@@ -1,6 +1,7 @@
 """Raw scans to cases and back: a real pair of visits, cropped to the brain, at half its resolution in the plane."""
 
 import csv
+import gzip
 import json
 import shutil
 import sys
@@ -113,7 +114,8 @@ def natives_volume(native, mask):
 @pytest.mark.usefixtures("few_samples")
 def test_the_halfway_space_moves_both_visits_alike(raw, tmp_path):
     seen = []
-    outcome = prepare(raw, tmp_path, config=QUICK, workers=1, progress=lambda *step: seen.append(step))
+    with pytest.warns(InputWarning, match="columns that recipe schmidt does not use: brain"):
+        outcome = prepare(raw, tmp_path, config=QUICK, workers=1, progress=lambda *step: seen.append(step))
     assert seen[-1] == ("steps", 6, 6)  # read, registered, written
     assert outcome.prepared == ["lo01_ses-1", "lo01_ses-2"]
     names = [tmp_path / f"sub-lo01_ses-{n}_space-halfway_FLAIR.nii.gz" for n in (1, 2)]
@@ -136,7 +138,7 @@ def test_the_halfway_space_moves_both_visits_alike(raw, tmp_path):
 
 
 @pytest.mark.usefixtures("few_samples")
-@pytest.mark.filterwarnings("ignore:.*taken as skull-stripped:synthlong.errors.InputWarning")
+@pytest.mark.filterwarnings("ignore:.*(taken as skull-stripped|one scan under 2):synthlong.errors.InputWarning")
 def test_by_its_t1w_a_flair_comes_to_lie_where_it_does_without(real_case, tmp_path):
     """A head of 2 mm voxels, turned; its T1w is made of its tissues, and turned and moved against the FLAIR."""
     turned, step = np.eye(4), np.eye(4)
@@ -164,11 +166,16 @@ def test_by_its_t1w_a_flair_comes_to_lie_where_it_does_without(real_case, tmp_pa
     assert correlation(made, truth, made > 0) > 0.97
 
 
+def again(raw, zeros):
+    """The first scan, as another file: followed by zeros."""
+    return (raw.parent / "1.nii.gz").read_bytes() + gzip.compress(bytes(zeros))
+
+
 def scans_of(raw, folder, **others):
     """Single visits of several subjects: the first scan, under other names."""
     folder.mkdir()
     text = "subject,flair\n"
-    for name, content in {"a": (raw.parent / "1.nii.gz").read_bytes(), **others}.items():
+    for name, content in {"a": again(raw, 0), **others}.items():
         (folder / f"{name}.nii.gz").write_bytes(content)
         text += f"{name},{name}.nii.gz\n"
     (folder / "scans.csv").write_text(text)
@@ -176,7 +183,7 @@ def scans_of(raw, folder, **others):
 
 
 def test_a_failed_scan_does_not_stop_the_others(raw, tmp_path, capsys):
-    manifest = scans_of(raw, tmp_path / "in", b=b"no scan", c=(raw.parent / "1.nii.gz").read_bytes())
+    manifest = scans_of(raw, tmp_path / "in", b=b"no scan", c=again(raw, 2))
     out = tmp_path / "out"
     (tmp_path / "quick.toml").write_text('recipe = "schmidt"\nspacing_mm = 2.0\n')
     call = ["prepare", str(manifest), "-o", str(out), "--config", str(tmp_path / "quick.toml"), "--workers", "2"]
@@ -195,7 +202,7 @@ def test_a_failed_scan_does_not_stop_the_others(raw, tmp_path, capsys):
     assert "0 scans prepared, 2 were there" in capsys.readouterr().out
     assert bytes_of(out) == before
 
-    (tmp_path / "in" / "b.nii.gz").write_bytes((raw.parent / "1.nii.gz").read_bytes())
+    (tmp_path / "in" / "b.nii.gz").write_bytes(again(raw, 1))
     assert main(call) == 0
     assert "1 scans prepared, 2 were there" in capsys.readouterr().out
     assert main([*call, "--participant-label", "nobody"]) == 2
@@ -231,7 +238,7 @@ def test_what_is_replaced_leaves_nothing_behind(raw, tmp_path):
 
 @pytest.mark.usefixtures("here")
 def test_whatever_a_tool_does_the_others_go_on(raw, tmp_path):
-    manifest = scans_of(raw, tmp_path / "in", b=(raw.parent / "1.nii.gz").read_bytes())
+    manifest = scans_of(raw, tmp_path / "in", b=again(raw, 1))
     scan = read_nifti(tmp_path / "in" / "b.nii.gz")
     write_nifti(tmp_path / "in" / "b.nii.gz", scan.data, scan.affine @ np.diag([100, 100, 100, 1]), code=1)
     seen = []
@@ -243,7 +250,7 @@ def test_whatever_a_tool_does_the_others_go_on(raw, tmp_path):
 
 @pytest.mark.usefixtures("here")
 def test_after_ctrl_c_the_tables_list_what_lies_there(raw, tmp_path):
-    manifest, out = scans_of(raw, tmp_path / "in", b=(raw.parent / "1.nii.gz").read_bytes()), tmp_path / "out"
+    manifest, out = scans_of(raw, tmp_path / "in", b=again(raw, 1)), tmp_path / "out"
 
     def stop(*_):
         raise KeyboardInterrupt
@@ -383,7 +390,8 @@ def stub(here, monkeypatch, tmp_path):
         return [Record({}, {}, []) for _ in scans]
 
     monkeypatch.setattr(run, "prepare_subject", copied)
-    (tmp_path / "f.nii").write_bytes(b"scan")
+    for name, content in (("f", b"scan"), ("g", b"other scan")):
+        (tmp_path / f"{name}.nii").write_bytes(content)
 
     def stub(*scans, config=QUICK, **options):
         return prepare(scans, tmp_path / "out", config=config, **options)
@@ -398,7 +406,7 @@ def lines_of(path):
 
 
 def test_only_visits_that_were_prepared_together_are_a_pair(stub, tmp_path):
-    first, last = Scan("a", tmp_path / "f.nii", "1"), Scan("a", tmp_path / "f.nii", "2", new_lesions=tmp_path / "f.nii")
+    first, last = Scan("a", tmp_path / "f.nii", "1"), Scan("a", tmp_path / "g.nii", "2", new_lesions=tmp_path / "f.nii")
     stub(first, last)
     assert len(lines_of(tmp_path / "out" / "pairs.csv")) == 1
     with pytest.warns(InputWarning, match="other visits"):
@@ -423,7 +431,7 @@ def test_a_failure_is_forgotten_once_what_lies_there_is_what_is_asked_for(stub, 
 
 
 def test_the_table_keeps_failures_that_a_call_did_not_come_to(stub, tmp_path):
-    one, other = Scan("a", tmp_path / "f.nii"), Scan("b", tmp_path / "f.nii")
+    one, other = Scan("a", tmp_path / "f.nii"), Scan("b", tmp_path / "g.nii")
     stub.failing.add("b")
     stub(one, other)
     stub(one)
@@ -462,7 +470,7 @@ def test_what_a_person_changed_stays(stub, tmp_path):
 
 def test_no_file_of_somebody_else_is_overwritten(stub, tmp_path):
     new = tmp_path / "out" / "sub-a_ses-2_space-halfway_desc-newlesions_mask.nii.gz"
-    one, other = (Scan("a", tmp_path / "f.nii", session) for session in "12")
+    one, other = Scan("a", tmp_path / "f.nii", "1"), Scan("a", tmp_path / "g.nii", "2")
     stub(one, other)
     new.write_bytes(b"drawn")
     with pytest.warns(InputWarning, match="another new_lesions"):
@@ -492,14 +500,37 @@ def test_what_a_kill_leaves_half_moved_is_made_again(stub, tmp_path, monkeypatch
 
 
 def test_results_of_other_versions_stay(stub, tmp_path):
-    stub(Scan("a", tmp_path / "f.nii"), Scan("b", tmp_path / "f.nii"))
+    stub(Scan("a", tmp_path / "f.nii"), Scan("b", tmp_path / "g.nii"))
     for name in "ab":
         path = tmp_path / "out" / f"sub-{name}_space-halfway_FLAIR.json"
         record = json.loads(path.read_text())
         record["stamp"]["versions"]["numpy"] = "1.0"
         path.write_text(json.dumps(record))
     with pytest.warns(InputWarning, match=r"2 scans were made by other versions \(numpy: 1.0 -> .*\) and are kept"):
-        assert stub(Scan("a", tmp_path / "f.nii"), Scan("b", tmp_path / "f.nii")).there == ["a", "b"]
+        assert stub(Scan("a", tmp_path / "f.nii"), Scan("b", tmp_path / "g.nii")).there == ["a", "b"]
+
+
+def test_one_scan_is_not_two_visits(stub, tmp_path):
+    one, other = Scan("a", tmp_path / "f.nii", "1"), Scan("a", tmp_path / "f.nii", "2")
+    outcome = stub(one, other, Scan("b", tmp_path / "g.nii"))
+    assert outcome.prepared == ["b"]
+    said = f"{tmp_path.name}/f.nii: is the FLAIR of session '1', too; name that of session '2'"
+    assert outcome.failures == {"a": said}
+    with pytest.warns(InputWarning, match="a_ses-1, c: one scan under 2 ids"):
+        stub(one, Scan("c", tmp_path / "f.nii"))
+
+
+def test_a_dry_run_says_what_each_scan_has(raw, tmp_path, capsys):
+    (tmp_path / "schmidt.toml").write_text('recipe = "schmidt"')
+    call = ["prepare", str(raw), "-o", str(tmp_path), "--config", str(tmp_path / "schmidt.toml"), "--dry-run"]
+    assert main(call) == 0
+    said = capsys.readouterr()
+    assert said.err == "warning: columns that recipe schmidt does not use: brain\n"
+    assert said.out.splitlines() == [
+        "would prepare: lo01_ses-1 (flair)",
+        "would prepare: lo01_ses-2 (flair, mask, brain, new_lesions, new_lesions_xfm)",
+        f"{tmp_path.parent.name}/{tmp_path.name}: 2 scans to prepare, 0 are there; 1 of all 2 have no lesion mask",
+    ]
 
 
 def test_an_id_may_look_like_a_file(stub, tmp_path):

@@ -110,6 +110,12 @@ def test_scans_come_by_subject_and_sessions_in_their_order(manifest):
         ("subject,flair\na,f.nii\nsub-a,f.nii\n", ["'a' appears twice", "or a session"]),
         ("subject,session,flair\na,1,f.nii\nA,ses-1,f.nii\n", ["'A_ses-1' appears twice"]),
         ("subject,session,flair\na,1,f.nii\na,,f.nii\n", ["subject 'a' has several scans", "name their sessions"]),
+        ("subject,session,flair\nP1,1,f.nii\np1,2,f.nii\n", ["'p1' appears twice (upper and lower case"]),
+        (
+            "subject,session,flair,new_lesions\na,pre,f.nii,\na,post,f.nii,m.nii\n",
+            ["new_lesions of subject 'a' at session 'post', the first of post, pre; name sessions so that they sort"],
+        ),
+        ("subject,flair,new_lesions_xfm\na,f.nii,x.txt\n", ["a has a new_lesions_xfm, but no new_lesions"]),
         ("subject,flair,t1,t1\na,f.nii,t.nii,t.nii\n", ["columns named twice: t1"]),
     ],
 )

@@ -28,13 +28,14 @@ from synthlong.dataset.writer import canonical_json, publish
 from synthlong.differences import differences
 from synthlong.errors import ConfigError, InputError, InputWarning, OutputError, SynthlongError, short
 from synthlong.inpainting import Inpainter
+from synthlong.manifest import warn_of_twins
 from synthlong.networks import one_thread, settled
 from synthlong.nifti import sidecar_of
 from synthlong.preparation.config import PreparationConfig
 from synthlong.preparation.derivatives import FIGURES, description, file_name, read_record, sha256_of
 from synthlong.preparation.memory import usable_memory_gb
 from synthlong.preparation.scans import Scan, find_scans, visits_of
-from synthlong.preparation.stamp import changes, stamp_of
+from synthlong.preparation.stamp import Stamp, changes, stamp_of, used_files
 from synthlong.preparation.subject import STEPS, prepare_subject
 from synthlong.preparation.tables import KEYS, Records, read_records, write_tables
 from synthlong.preparation.tools import load_ants, load_hd_bet
@@ -188,6 +189,12 @@ def _check(out: Path, scans: Sequence[Scan], config: PreparationConfig) -> None:
         load_hd_bet()
     if config.fills:
         _inpainter(config)
+    unread = {role for scan in scans for role in scan.files} - {
+        role for scan in scans for role in used_files(scan.files, config)
+    }
+    if unread:
+        text = f"columns that recipe {config.recipe} does not use: {', '.join(sorted(unread))}"
+        warnings.warn(text, InputWarning, stacklevel=3)
     other = "halfway" if config.recipe == "kamraoui" else "MNI152"
     if any(out.glob(f"sub-*_space-{other}_FLAIR.nii.gz")):
         raise ConfigError(f"{short(out)}: holds scans of the other recipe (space-{other}); name another folder")
@@ -241,12 +248,11 @@ class _Made:
     edited: list[str]
 
 
-def _made_of(task: _Task) -> _Made | None:
+def _made_of(task: _Task, now: Stamp) -> _Made | None:
     """Return what lies there of a subject, None if nothing is recorded."""
     records = [record for scan in task.scans if (record := _record_of(task, scan))]
     if not records:
         return None
-    now = stamp_of(task.scans, task.config, task.prefer)
     files = {name: sha256 for record in records for name, sha256 in record["files"].items()}
     sums = {name: sha256_of(task.out / name) for name in files}
     return _Made(
@@ -266,25 +272,41 @@ def _record_of(task: _Task, scan: Scan) -> dict[str, Any]:
     return {}
 
 
+def _failure_of(task: _Task, stamp: Stamp, made: _Made | None) -> str | None:
+    """Return why a subject cannot be prepared, as far as that is known before the work."""
+    seen: dict[str, Scan] = {}
+    for scan in task.scans:
+        same = seen.setdefault(stamp["scans"][scan.id]["flair"] or scan.id, scan)
+        if same is not scan:
+            problem = f"is the FLAIR of session '{same.session}', too"
+            return str(InputError(scan.flair, problem, f"name that of session '{scan.session}'"))
+    if made and made.edited and (made.changes or made.missing):
+        why = "; ".join(dict.fromkeys(made.changes)) or "files are missing"
+        problem = f"is to be made again ({why}), but was changed by hand"
+        return str(InputError(task.out / made.edited[0], problem, "move it away, or delete it"))
+    return None
+
+
 def _planned(tasks: Sequence[_Task]) -> tuple[list[_Task], list[_Task], list[_Task]]:
     """Return which subjects are there, which are to be prepared, and which cannot be; warn of what is not plain."""
     there, todo, failed = [], [], []
     kept, again, others = [], [], []
+    flairs: dict[str, str] = {}
     for task in tasks:
-        found = _made_of(task)
-        if found is None:
-            todo.append(task)
-        elif not found.changes and not found.missing:
+        stamp = stamp_of(task.scans, task.config, task.prefer)
+        made = _made_of(task, stamp)
+        if failure := _failure_of(task, stamp, made):
+            failed.append(replace(task, failure=failure))
+            continue
+        flairs |= {scan.id: stamp["scans"][scan.id]["flair"] for scan in task.scans}
+        if made and not made.changes and not made.missing:
             there.append(task)
-            kept += found.edited
-            others += [(scan.id, text) for scan in task.scans for text in found.versions]
-        elif found.edited:
-            why = "; ".join(dict.fromkeys(found.changes)) or "files are missing"
-            problem, way = f"is to be made again ({why}), but was changed by hand", "move it away, or delete it"
-            failed.append(replace(task, failure=str(InputError(task.out / found.edited[0], problem, way))))
+            kept += made.edited
+            others += [(scan.id, text) for scan in task.scans for text in made.versions]
         else:
             todo.append(task)
-            again += [(scan.id, text) for scan in task.scans for text in found.changes]
+            again += [(scan.id, text) for scan in task.scans for text in (made.changes if made else ())]
+    warn_of_twins({name: sha256 for name, sha256 in flairs.items() if sha256})
     _say(tasks, again, "otherwise", "are made again")
     _say(tasks, others, "by other versions", "are kept; delete them to have them made again")
     if kept:

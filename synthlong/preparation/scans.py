@@ -91,11 +91,21 @@ def find_scans(source: str | Path, *, participants: Collection[str] = (), brain_
     else:
         raise InputError(source, "no such file or folder", "pass a manifest (CSV) or a BIDS folder")
     check_ids(source, [scan.id for scan in found])
-    for subject, visits in visits_of(found):
+    visited = visits_of(found)
+    check_ids(source, [subject for subject, _ in visited])
+    for subject, visits in visited:
         if len(visits) > 1 and not all(visit.session for visit in visits):
             raise InputError(
                 source, f"subject '{subject}' has several scans", "name their sessions in column 'session'"
             )
+        if len(visits) > 1 and visits[0].new_lesions is not None:
+            order = ", ".join(visit.session for visit in visits)
+            problem = f"new_lesions of subject '{subject}' at session '{visits[0].session}', the first of {order}"
+            raise InputError(source, problem, "name sessions so that they sort in the order of time, such as 1, 2, 10")
+        for visit in visits:
+            if visit.new_lesions_xfm is not None and visit.new_lesions is None:
+                problem = f"{visit.id} has a new_lesions_xfm, but no new_lesions"
+                raise InputError(source, problem, "fill in both, or the mask alone")
     if unknown := wanted - {scan.subject.casefold() for scan in found}:
         raise ConfigError(f"--participant-label {' '.join(sorted(unknown))}: not in {short(source)}")
     found = [scan for scan in found if not wanted or scan.subject.casefold() in wanted]
