@@ -20,7 +20,7 @@ from synthlong.inpainting import Inpainter, heal
 from synthlong.manifest import find_cases
 from synthlong.networks import default_precision
 from synthlong.nifti import read_nifti, write_nifti
-from synthlong.preparation import PreparationConfig, Scan, prepare, registration, run, to_native, visit
+from synthlong.preparation import PreparationConfig, Scan, prepare, registration, run, subject, to_native, visit
 from synthlong.preparation.derivatives import file_name, read_native, read_record
 from synthlong.preparation.quality import correlation, snr_of
 from synthlong.preparation.registration import MNI, mni_brain
@@ -249,6 +249,16 @@ def test_whatever_a_tool_does_the_others_go_on(raw, tmp_path):
 
 
 @pytest.mark.usefixtures("here")
+def test_an_orientation_that_is_a_guess_is_flagged(raw, tmp_path):
+    manifest = scans_of(raw, tmp_path / "in")
+    image = nib.load(tmp_path / "in" / "a.nii.gz")
+    image.header["sform_code"] = image.header["qform_code"] = 0
+    nib.save(nib.Nifti1Image(image.get_fdata(), None, image.header), tmp_path / "in" / "a.nii.gz")
+    outcome = prepare(manifest, tmp_path / "out", config=QUICK)
+    assert outcome.flagged == {"a": ["orientation is a guess (neither sform nor qform is set)"]}
+
+
+@pytest.mark.usefixtures("here")
 def test_after_ctrl_c_the_tables_list_what_lies_there(raw, tmp_path):
     manifest, out = scans_of(raw, tmp_path / "in", b=again(raw, 1)), tmp_path / "out"
 
@@ -331,6 +341,15 @@ def test_a_mask_that_does_not_fit_is_refused_before_the_work(head, tmp_path, rea
 
 
 @pytest.mark.usefixtures("no_work")
+def test_a_damaged_last_visit_is_found_before_the_work(head, tmp_path):
+    folder = tmp_path / "in"
+    (folder / "g.nii.gz").write_bytes((folder / "f.nii.gz").read_bytes()[:-99])
+    (folder / "two.csv").write_text("subject,session,flair,brain\na,1,f.nii.gz,brain.nii.gz\na,2,g.nii.gz,\n")
+    outcome = prepare(folder / "two.csv", tmp_path / "out", workers=1)
+    assert outcome.failures["a"].startswith("in/g.nii.gz: is a truncated gzip file")
+
+
+@pytest.mark.usefixtures("no_work")
 def test_new_lesions_that_a_wrong_transform_carries_off_are_refused(head, tmp_path, real_case):
     new = real_case.lesions[::2, ::2, ::2]
     moved = np.eye(4)
@@ -363,12 +382,53 @@ def test_prefer_is_for_new_lesions_too(head, tmp_path, real_case):
     assert "AssertionError (the work began)" in failure_of(tmp_path / "in", columns, row, prefer="sform")
 
 
+@pytest.fixture
+def placed(head, tmp_path, monkeypatch, real_case):
+    """`placed(**roles)`: what is made in MNI152 of the case's FLAIR, or of the files named, without cleaning."""
+    monkeypatch.setattr(visit, "register", lambda *_, **__: np.eye(4))
+    plain = PreparationConfig(denoise=False, correct_bias=False)
+
+    def placed(flair="f", inpainter=None, **roles):
+        paths = {role: tmp_path / "in" / f"{name}.nii.gz" for role, name in roles.items()}
+        scan = Scan("a", tmp_path / "in" / f"{flair}.nii.gz", brain=tmp_path / "in" / "brain.nii.gz", **paths)
+        seen = visit.clean_visit(visit.read_files(scan, None), plain)
+        return subject._in_mni(seen, np.eye(4), tmp_path, plain, inpainter)
+
+    return placed
+
+
+def test_a_t1w_that_is_given_as_flair_is_flagged(head, placed, real_case):
+    head(
+        "t1", np.array([0, 0.3, 0.7, 1.0], np.float32)[real_case.tissue[::2, ::2, ::2]] * real_case.flair[::2, ::2, ::2]
+    )
+    assert placed().looks == []
+    (said,) = placed("t1").looks
+    assert said.startswith("looks like no FLAIR (CSF ")
+
+
+@pytest.mark.filterwarnings("ignore:.*taken as skull-stripped:synthlong.errors.InputWarning")
+def test_a_t1w_of_a_part_of_the_brain(head, placed, tmp_path, monkeypatch, real_case):
+    filled = []
+    monkeypatch.setattr(subject, "write_healthy", lambda path, case, _: filled.append(sorted(case.sources)))
+    head("mask", real_case.lesions[::2, ::2, ::2])
+    for name, off_mm in (("part", 80), ("most", 20)):
+        affine = real_case.affine @ np.diag([2, 2, 2, 1])
+        affine[1, 3] += off_mm
+        head(name, real_case.flair[::2, ::2, ::2] * 300, affine)
+    with pytest.raises(InputError, match=r"in/part.nii.gz: covers only \d+% of the brain; leave its column 't1' empty"):
+        placed(t1="part")
+    placed(t1="most", mask="mask", inpainter=object())
+    made = read_nifti(tmp_path / file_name("a", "T1w.nii.gz")).data
+    assert np.median(made[made > 1e-3]) == pytest.approx(1, rel=0.02)
+    assert filled == [["brain", "flair", "mask", "tissue"]]
+
+
 def test_z_scored_scans_have_the_noise_that_they_had(real_case):
     brain = real_case.brain > 0
     scan = real_case.flair * 300
     values = scan[brain]
     scored = np.where(brain, (scan - values.mean()) / values.std(), 0).astype(np.float32)
-    plain, shifted = (snr_of(above_zero(x, brain), brain) for x in (scan, scored))
+    plain, shifted = (snr_of(above_zero(x, brain), brain, np.ones(3)) for x in (scan, scored))
     assert shifted == pytest.approx(plain, rel=0.3)
     assert above_zero(scan, brain) is scan
 
@@ -512,14 +572,17 @@ def test_results_of_other_versions_stay(stub, tmp_path):
 
 def test_one_scan_is_not_two_visits(stub, tmp_path):
     one, other = Scan("a", tmp_path / "f.nii", "1"), Scan("a", tmp_path / "f.nii", "2")
-    outcome = stub(one, other, Scan("b", tmp_path / "g.nii"))
+    several = Scan("c", tmp_path / "f.nii", problem="several FLAIRs")
+    outcome = stub(one, other, Scan("b", tmp_path / "g.nii"), several)
     assert outcome.prepared == ["b"]
+    assert outcome.failures.pop("c") == "several FLAIRs"
     said = f"{tmp_path.name}/f.nii: is the FLAIR of session '1', too; name that of session '2'"
     assert outcome.failures == {"a": said}
     with pytest.warns(InputWarning, match="a_ses-1, c: one scan under 2 ids"):
         stub(one, Scan("c", tmp_path / "f.nii"))
 
 
+@pytest.mark.filterwarnings("always:columns:synthlong.errors.InputWarning")
 def test_a_dry_run_says_what_each_scan_has(raw, tmp_path, capsys):
     (tmp_path / "schmidt.toml").write_text('recipe = "schmidt"')
     call = ["prepare", str(raw), "-o", str(tmp_path), "--config", str(tmp_path / "schmidt.toml"), "--dry-run"]

@@ -27,6 +27,7 @@ from synthlong.preparation.visit import (
     carried,
     check_new_lesions,
     grid_of,
+    orientation_flags,
     read_mask,
     read_new_lesions,
     write_way,
@@ -84,8 +85,10 @@ def halfway(
     within = [seen > 0 for seen in images]
     alike = agreement(list(images), within)
     records = []
-    for scan, seen, marked, moment, native, same in zip(scans, images, drawn_on, moments, natives, alike, strict=True):
+    for scan, flair, seen, marked, moment, native, same in zip(
+        scans, flairs, images, drawn_on, moments, natives, alike, strict=True
+    ):
         (folder / figure_name(scan.id)).write_bytes(png_bytes(halfway_picture(seen, marked, within[0])))
         figures: dict[str, object] = {**moment, "agreement": None if same is None else round(same, 4)}
-        records.append(Record(native, figures, halfway_flags(same)))
+        records.append(Record(native, figures, halfway_flags(same) + orientation_flags(flair)))
     return records

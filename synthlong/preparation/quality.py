@@ -12,6 +12,7 @@ from scipy import ndimage
 from synthlong.looks import BRAIN_ML
 from synthlong.pictures import Picture, gray_pixels, upright
 from synthlong.preparation.registration import mni_brain, mni_scan
+from synthlong.resampling import Grid
 
 __all__ = [
     "Figures",
@@ -84,7 +85,7 @@ def halfway_flags(agreement: float | None) -> list[str]:
 def figures_of(
     scan: NDArray,
     brain: NDArray[np.bool_],
-    voxel_mm3: float,
+    grid: Grid,
     lesions: NDArray | None,
     *,
     prepared: NDArray,
@@ -96,23 +97,25 @@ def figures_of(
     usual = mni_brain()
     full = np.ones((3, 3, 3))
     return Figures(
-        brain_ml=float(brain.sum() * voxel_mm3 / 1000),
-        snr=snr_of(scan, brain),
+        brain_ml=float(brain.sum() * grid.voxel_mm3 / 1000),
+        snr=snr_of(scan, brain, grid.spacing_mm),
         overlap=float(2 * (prepared_brain & usual).sum() / (prepared_brain.sum() + usual.sum())),
         template=correlation(prepared, mni_scan("FLAIR"), prepared_brain & usual),
         agreement=agreement,
         lesions=None if lesions is None else ndimage.label(lesions, full)[1],
-        lesions_ml=None if lesions is None else float(np.count_nonzero(lesions) * voxel_mm3 / 1000),
+        lesions_ml=None if lesions is None else float(np.count_nonzero(lesions) * grid.voxel_mm3 / 1000),
         lesions_prepared=None if lesions is None else ndimage.label(prepared_lesions, full)[1],
     )
 
 
-def snr_of(scan: NDArray, brain: NDArray[np.bool_]) -> float:
+def snr_of(scan: NDArray, brain: NDArray[np.bool_], spacing_mm: NDArray) -> float:
     """Return the brain's median over the SD of its noise.
 
-    The noise is the median absolute second difference along the first axis, which is blind to anatomy's slopes;
-    scans interpolated by the scanner look less noisy than they are.
+    The noise is the median absolute second difference along the axis of the finest voxel sides (the first of them),
+    which is blind to anatomy's slopes; scans interpolated by the scanner look less noisy than they are.
     """
+    finest = int(np.argmin(np.round(spacing_mm, 3)))
+    scan, brain = np.moveaxis(scan, finest, 0), np.moveaxis(brain, finest, 0)
     within = brain[:-2] & brain[1:-1] & brain[2:]
     second = (scan[:-2] - 2 * scan[1:-1] + scan[2:])[within]
     noise = 1.4826 * float(np.median(np.abs(second))) / 6**0.5
@@ -128,12 +131,12 @@ def correlation(one: NDArray, other: NDArray, where: NDArray[np.bool_]) -> float
 def agreement(images: list[NDArray], brains: list[NDArray[np.bool_]]) -> list[float | None]:
     """Return each visit's correlation with the first within both brains; None for a single visit.
 
-    The first one's is the mean of the others'.
+    The first one's is the best of the others': if it is a good scan, a bad visit does not agree with it, but others do.
     """
     if len(images) == 1:
         return [None]
     others = [correlation(images[0], x, brains[0] & b) for x, b in zip(images[1:], brains[1:], strict=True)]
-    return [float(np.mean(others)), *others]
+    return [max(others), *others]
 
 
 def picture_of(image: NDArray, lesions: NDArray) -> Picture:

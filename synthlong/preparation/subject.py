@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from synthlong.errors import InputError, InputWarning
+from synthlong.case import read_case
+from synthlong.errors import InputError, InputWarning, short
 from synthlong.healthy import write_healthy
 from synthlong.inpainting import Inpainter
-from synthlong.manifest import CaseFiles
 from synthlong.nifti import write_nifti
 from synthlong.pictures import png_bytes
 from synthlong.preparation.config import PreparationConfig
@@ -35,7 +35,18 @@ from synthlong.preparation.quality import (
 from synthlong.preparation.registration import MNI, Image, align_visits, mni_at, register
 from synthlong.preparation.scans import Scan
 from synthlong.preparation.tools import denoise
-from synthlong.preparation.visit import MOTION, Record, Visit, above_zero, carried, read_visit, write_way
+from synthlong.preparation.visit import (
+    MOTION,
+    Head,
+    Record,
+    Visit,
+    above_zero,
+    carried,
+    clean_visit,
+    orientation_flags,
+    read_files,
+    write_way,
+)
 from synthlong.preparation.ways import way_text
 from synthlong.resampling import Grid, carry_mask, resample
 
@@ -45,6 +56,7 @@ STEPS = 3
 """Of each visit: it is read and cleaned, registered, written."""
 
 _TEMPLATE_MM = 2.0
+_LEAST_COVERED = 0.5
 
 
 def prepare_subject(
@@ -73,8 +85,8 @@ def prepare_subject(
     if config.recipe == "schmidt":
         return halfway(scans, folder, config, prefer, report)
     visits = []
-    for scan in scans:
-        visits.append(read_visit(scan, config, prefer))
+    for files in [read_files(scan, prefer) for scan in scans]:  # all, before the first takes minutes
+        visits.append(clean_visit(files, config))
         report()
     from_middle = align_visits([visit.head.coarse() for visit in visits], motion=MOTION[config.visits], report=report)
     contrast, reference = _reference(visits, from_middle)
@@ -88,24 +100,26 @@ def prepare_subject(
         report()
     if len(visits) > 1:
         for visit, way in zip(visits, from_middle, strict=True):
-            (folder / way_name(visit.scan.id, space="halfway")).write_text(way_text(way))
+            (folder / way_name(visit.files.scan.id, space="halfway")).write_text(way_text(way))
     alike = agreement([p.flair for p in prepared], [p.brain > 0 for p in prepared])
     records = []
     for visit, way, case, same in zip(visits, ways, prepared, alike, strict=True):
+        scan, flair = visit.files.scan, visit.files.flair
         figures = figures_of(
-            above_zero(visit.flair.data, visit.head.brain),
+            above_zero(flair.data, visit.head.brain),
             visit.head.brain,
-            visit.head.grid.voxel_mm3,
-            visit.lesions if visit.scan.mask is not None else None,
+            visit.head.grid,
+            visit.lesions if scan.mask is not None else None,
             prepared=case.flair,
             prepared_brain=case.brain > 0,
             prepared_lesions=case.lesions,
             agreement=same,
         )
         picture = picture_of(case.flair, case.lesions | case.new_lesions)
-        (folder / figure_name(visit.scan.id)).write_bytes(png_bytes(picture))
-        native = write_way(visit.scan, visit.head.grid, way, folder, space="MNI152")
-        records.append(Record(native, figures.as_dict(), flags_of(figures)))
+        (folder / figure_name(scan.id)).write_bytes(png_bytes(picture))
+        native = write_way(scan, visit.head.grid, way, folder, space="MNI152")
+        flags = flags_of(figures) + case.looks + orientation_flags(flair, visit.files.t1)
+        records.append(Record(native, figures.as_dict(), flags))
     return records
 
 
@@ -126,58 +140,70 @@ def _reference(visits: list[Visit], from_middle: list[NDArray]) -> tuple[str, Im
 
 @dataclass(frozen=True, eq=False)
 class _Prepared:
-    """What `quality` looks at, on the grid of MNI152."""
+    """What `quality` looks at, on the grid of MNI152, and what makes the FLAIR look unlike one."""
 
     flair: NDArray[np.float32]
     brain: NDArray[np.uint8]
     lesions: NDArray[np.uint8]
     new_lesions: NDArray[np.uint8]
+    looks: list[str]
 
 
 def _in_mni(
     visit: Visit, way: NDArray, folder: Path, config: PreparationConfig, inpainter: Inpainter | None
 ) -> _Prepared:
     """Write one visit on the grid of MNI152; each volume is interpolated once."""
-    scan = visit.scan
-
-    def place(what: str) -> Path:
-        return folder / file_name(scan.id, what)
+    scan = visit.files.scan
 
     def write(what: str, data: NDArray) -> Path:
-        write_nifti(place(what), data, MNI.affine)
-        return place(what)
+        path = folder / file_name(scan.id, what)
+        write_nifti(path, data, MNI.affine)
+        return path
 
     step = MNI.step_to(visit.head.grid, way)
     brain = resample(visit.head.brain, step, MNI.shape, order=1) > 0.5
     flair = np.where(brain, np.maximum(resample(visit.head.clean, step, MNI.shape), 0), 0)
     if config.denoise_again:
         flair = denoise(flair, brain, MNI)
-    lesions = carry_mask(visit.lesions, step, MNI.shape) * brain
     files: dict[str, Any] = {"brain": write("desc-brain_mask.nii.gz", brain.astype(np.uint8))}
     files |= {"flair": write("FLAIR.nii.gz", flair.astype(np.float32))}
-    files |= {"mask": write("desc-lesions_mask.nii.gz", lesions.astype(np.uint8))}
-    if visit.tissue is not None:
-        labels = resample(visit.tissue.data, step, MNI.shape, order=0)
+    if scan.mask is not None:
+        lesions = carry_mask(visit.lesions, step, MNI.shape) * brain
+        files["mask"] = write("desc-lesions_mask.nii.gz", lesions.astype(np.uint8))
+    if visit.files.tissue is not None:
+        labels = resample(visit.files.tissue.data, step, MNI.shape, order=0)
         files["tissue"] = write("dseg.nii.gz", labels.astype(np.uint8))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", InputWarning)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", InputWarning)
         try:
-            case = CaseFiles(scan.id, **files).read()
+            case = read_case(**files, subject=scan.id)
         except InputError as error:  # of what was made of it, in a folder that is gone by then
             raise InputError(scan.flair, f"once in MNI152, {error.problem}", error.way_out) from error
-        write("FLAIR.nii.gz", case.flair)
-        files["tissue"] = write("dseg.nii.gz", case.tissue)
-        if visit.t1 is not None and visit.to_t1 is not None:
-            t1 = resample(visit.t1.clean, MNI.step_to(visit.t1.grid, visit.to_t1 @ way), MNI.shape)
-            t1 = np.where(brain, np.maximum(t1, 0), 0)
-            files["t1"] = write("T1w.nii.gz", t1 / np.float32(np.median(t1[brain])))
-        if inpainter is not None and scan.mask is not None:
-            case = CaseFiles(scan.id, **files).read()
-            write_healthy(place("desc-healthy_FLAIR.nii.gz"), case, inpainter)
-    if scan.mask is None:
-        files["mask"].unlink()
+    of_flair = f"{short(files['flair'])}: "
+    looks = [str(w.message).removeprefix(of_flair) for w in said if str(w.message).startswith(of_flair)]
+    write("FLAIR.nii.gz", case.flair)
+    files["tissue"] = write("dseg.nii.gz", case.tissue)
+    if visit.t1 is not None and visit.to_t1 is not None:
+        write("T1w.nii.gz", _t1_in_mni(scan, visit.t1, visit.to_t1 @ way, brain))
+    if inpainter is not None and scan.mask is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", InputWarning)  # as above
+            case = read_case(**files, subject=scan.id)
+        write_healthy(folder / file_name(scan.id, "desc-healthy_FLAIR.nii.gz"), case, inpainter)
     new = np.zeros(MNI.shape, np.uint8)
-    if visit.new_lesions is not None:
-        new = carried(visit.new_lesions, way, MNI) * case.brain
+    if visit.files.new_lesions is not None:
+        new = carried(visit.files.new_lesions, way, MNI) * case.brain
         write("desc-newlesions_mask.nii.gz", new)
-    return _Prepared(case.flair, case.brain, case.lesions, new)
+    return _Prepared(case.flair, case.brain, case.lesions, new, looks)
+
+
+def _t1_in_mni(scan: Scan, t1: Head, way: NDArray, brain: NDArray[np.bool_]) -> NDArray:
+    """Return a T1-weighted scan on the grid of MNI152, with median 1 where it covers the brain."""
+    step = MNI.step_to(t1.grid, way)
+    covered = brain & (resample(t1.brain, step, MNI.shape, order=1) > 0.5)
+    share = np.count_nonzero(covered) / np.count_nonzero(brain)
+    if share < _LEAST_COVERED:
+        assert scan.t1 is not None
+        raise InputError(scan.t1, f"covers only {share:.0%} of the brain", "leave its column 't1' empty")
+    placed = np.where(brain, np.maximum(resample(t1.clean, step, MNI.shape), 0), 0)
+    return placed / np.float32(np.median(placed[covered]))

@@ -26,16 +26,19 @@ __all__ = [
     "MOTION",
     "VISIT_MM",
     "Drawn",
+    "Files",
     "Head",
     "Record",
     "Visit",
     "above_zero",
     "carried",
     "check_new_lesions",
+    "clean_visit",
     "grid_of",
+    "orientation_flags",
+    "read_files",
     "read_mask",
     "read_new_lesions",
-    "read_visit",
     "write_way",
 ]
 
@@ -88,50 +91,72 @@ class Head:
 
 
 @dataclass(frozen=True, eq=False)
-class Visit:
-    """The scans and masks of a visit, read and checked.
+class Files:
+    """The scans and masks of a visit as stored, checked.
 
     Args:
-        scan: Their files.
-        flair: The FLAIR as stored.
-        head: The FLAIR, cleaned.
-        lesions: Lesion voxels.
-        tissue: Labels on the FLAIR's grid, if there are any.
+        scan: Their paths.
+        flair: The FLAIR.
+        mask: Lesions, if there are any, as are the others.
         new_lesions: New lesions on the grid on which they were drawn, and the way there from the FLAIR.
-        t1: The T1-weighted scan, cleaned, if there is one.
-        to_t1: The way from the FLAIR to it.
+        tissue: Labels on the FLAIR's grid.
+        brain: The brain on that grid.
+        t1: The T1-weighted scan.
     """
 
     scan: Scan
     flair: Volume
+    mask: Volume | None
+    new_lesions: Drawn | None
+    tissue: Volume | None
+    brain: Volume | None
+    t1: Volume | None
+
+
+@dataclass(frozen=True, eq=False)
+class Visit:
+    """A visit, its brain found and its scans cleaned.
+
+    Args:
+        files: As stored.
+        head: The FLAIR, cleaned.
+        lesions: Lesion voxels.
+        t1: The T1-weighted scan, cleaned, if there is one.
+        to_t1: The way from the FLAIR to it.
+    """
+
+    files: Files
     head: Head
     lesions: NDArray[np.bool_]
-    tissue: Volume | None
-    new_lesions: Drawn | None
     t1: Head | None = None
     to_t1: NDArray | None = None
 
 
-def read_visit(scan: Scan, config: PreparationConfig, prefer: str | None) -> Visit:
-    """Read a visit, find its brain and clean it; a file that does not fit is refused before that work."""
+def read_files(scan: Scan, prefer: str | None) -> Files:
+    """Read a visit's files; one that is damaged or does not fit is refused."""
     flair = read_nifti(scan.flair, prefer=prefer)
     mask, new = read_mask(scan, flair, prefer), read_new_lesions(scan, flair, prefer)
     tissue = None if scan.tissue is None else read_beside(scan.tissue, flair, prefer=prefer, allow_empty=False)
-    own = None if scan.brain is None else read_beside(scan.brain, flair, prefer=prefer, allow_empty=False)
-    if own is not None:
-        check_binary(own)
+    brain = None if scan.brain is None else read_beside(scan.brain, flair, prefer=prefer, allow_empty=False)
+    if brain is not None:
+        check_binary(brain)
     if tissue is not None:
         check_labels(tissue)
-    t1 = None if scan.t1 is None else read_nifti(scan.t1, prefer=prefer)
+    return Files(scan, flair, mask, new, tissue, brain, None if scan.t1 is None else read_nifti(scan.t1, prefer=prefer))
+
+
+def clean_visit(files: Files, config: PreparationConfig) -> Visit:
+    """Find the brain of a visit and clean it; new lesions outside it are refused before that work."""
+    flair, own = files.flair, files.brain
     brain = own.data != 0 if own is not None else _brain(flair, config, "bring your own mask in column 'brain'")
-    if new is not None:
-        check_new_lesions(scan, *new, flair, brain)
-    lesions = np.zeros(brain.shape, bool) if mask is None else clip_to_brain(mask, brain)
-    visit = Visit(scan, flair, _cleaned(flair, brain, config), lesions, tissue, new)
-    if t1 is None:
+    if files.new_lesions is not None:
+        check_new_lesions(files.scan, *files.new_lesions, flair, brain)
+    lesions = np.zeros(brain.shape, bool) if files.mask is None else clip_to_brain(files.mask, brain)
+    visit = Visit(files, _cleaned(flair, brain, config), lesions)
+    if files.t1 is None:
         return visit
-    head = _cleaned(t1, _brain(t1, config, "leave its column 't1' empty"), config)
-    return replace(visit, t1=head, to_t1=register(visit.head.coarse(), head.coarse(), motion="Rigid"))
+    t1 = _cleaned(files.t1, _brain(files.t1, config, "leave its column 't1' empty"), config)
+    return replace(visit, t1=t1, to_t1=register(visit.head.coarse(), t1.coarse(), motion="Rigid"))
 
 
 def read_mask(scan: Scan, flair: Volume, prefer: str | None) -> Volume | None:
@@ -183,6 +208,12 @@ def _brain(scan: Volume, config: PreparationConfig, way_out: str) -> NDArray[np.
     if not found.any():
         raise InputError(scan.path, "no brain was found in it", way_out)
     return found
+
+
+def orientation_flags(*scans: Volume | None) -> list[str]:
+    """Return the flag of a visit one of whose scans does not say how it lies."""
+    guessed = any(scan is not None and not scan.coded for scan in scans)
+    return ["orientation is a guess (neither sform nor qform is set)"] if guessed else []
 
 
 def grid_of(volume: Volume) -> Grid:
