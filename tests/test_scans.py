@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from synthlong.errors import ConfigError, InputError, InputWarning
+from synthlong.errors import ConfigError, InputError, InputWarning, short
 from synthlong.preparation import Scan, find_scans
 from synthlong.preparation.scans import visits_of
 
@@ -237,18 +237,57 @@ def test_several_files_for_one_place(fill):
         (scan,) = find_scans(folder)
     assert scan.t1.name == "sub-01_acq-a_T1w.nii.gz"
     fill("sub-01/anat/sub-01_run-2_FLAIR.nii.gz")
-    refused(
-        folder,
-        "sub-01 has several FLAIRs (sub-01_FLAIR.nii.gz, sub-01_run-2_FLAIR.nii.gz)",
-        "pass a manifest that names one",
+    fill("sub-02/anat/sub-02_FLAIR.nii.gz")
+    with pytest.warns(InputWarning, match="of 2 T1w scans"):
+        several, other = find_scans(folder)
+    names = "sub-01_FLAIR.nii.gz, sub-01_run-2_FLAIR.nii.gz"
+    assert (
+        several.problem == f"{short(folder)}: sub-01 has several FLAIRs ({names}); pass a manifest (CSV) that names one"
     )
+    assert other.problem is None
 
 
 def test_several_masks_of_one_scan(fill):
     folder = fill("dataset_description.json", "sub-01/anat/sub-01_FLAIR.nii.gz")
     for rater in ("one", "two"):
         fill(f"derivatives/{rater}/dataset_description.json", f"derivatives/{rater}/sub-01_label-lesion_mask.nii.gz")
-    refused(folder, "data: sub-01 has several lesion masks (sub-01_label-lesion_mask", "manifest")
+    (scan,) = find_scans(folder)
+    assert "data: sub-01 has several lesion masks (sub-01_label-lesion_mask" in scan.problem
+
+
+@pytest.mark.parametrize(
+    "name", ["label-WMH_mask", "label-Lesion_mask", "label-lesion_roi", "lesionmask", "desc-Lesions_run-1_mask"]
+)
+def test_lesion_masks_by_other_names(fill, name):
+    folder = fill(
+        "dataset_description.json", "sub-01/anat/sub-01_FLAIR.nii.gz", "derivatives/x/dataset_description.json"
+    )
+    fill(f"derivatives/x/sub-01/anat/sub-01_{name}.nii.gz")
+    (scan,) = find_scans(folder)
+    assert scan.mask.name == f"sub-01_{name}.nii.gz"
+
+
+def test_masks_that_no_scan_uses_are_named(fill):
+    folder = fill("dataset_description.json", "derivatives/x/dataset_description.json")
+    for n in "12":
+        fill(f"sub-0{n}/ses-1/anat/sub-0{n}_ses-1_FLAIR.nii.gz", f"derivatives/x/sub-0{n}_label-lesion_mask.nii.gz")
+    fill("derivatives/x/sub-01_ses-1_space-T1w_lesions.nii.gz")
+    names = "sub-01_label-lesion_mask.nii.gz, sub-01_ses-1_space-T1w_lesions.nii.gz"
+    with pytest.warns(
+        InputWarning, match=f"data: no scan uses {names}, sub-02_label-lesion_mask.nii.gz; name masks in a"
+    ):
+        scans = find_scans(folder)
+    assert [scan.mask for scan in scans] == [None, None]
+    with pytest.warns(InputWarning, match=f"no scan uses {names}; name masks"):
+        find_scans(folder, participants=["01"])
+
+
+def test_metadata_that_nothing_asks_for_may_be_broken(fill):
+    folder = fill("dataset_description.json", "sub-01/anat/sub-01_FLAIR.nii.gz", "sub-01/anat/sub-01_FLAIR.json")
+    assert [s.id for s in find_scans(folder)] == ["01"]
+    fill("derivatives/x/dataset_description.json")
+    (folder / "derivatives" / "x" / "dataset_description.json").write_text("{")
+    refused(folder, "data: pybids cannot read it (", "correct its JSON files")
 
 
 def test_folders_that_will_not_do(fill):

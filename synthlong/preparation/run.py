@@ -276,6 +276,8 @@ def _failure_of(task: _Task, stamp: Stamp, made: _Made | None) -> str | None:
     """Return why a subject cannot be prepared, as far as that is known before the work."""
     seen: dict[str, Scan] = {}
     for scan in task.scans:
+        if scan.problem:
+            return scan.problem
         same = seen.setdefault(stamp["scans"][scan.id]["flair"] or scan.id, scan)
         if same is not scan:
             problem = f"is the FLAIR of session '{same.session}', too"

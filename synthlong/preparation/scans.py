@@ -17,7 +17,9 @@ from synthlong.preparation.tools import load_bids
 __all__ = ["Scan", "find_scans", "scan_id", "visits_of"]
 
 _PREPARED = re.compile(r"_space-(?:MNI|halfway)")
-_LESION_MASK = re.compile(r"_(?:desc|label)-lesions?_(?:.*_)?mask\.nii")
+_LESION_MASK = re.compile(r"_(?:(?:desc|label)-(?:lesions?|wmh)_(?:.*_)?(?:mask|roi)|lesionmask)\.nii", re.IGNORECASE)
+_LESIONS = re.compile("lesion|wmh", re.IGNORECASE)
+_MOST_NAMED = 3
 _FILES = ("flair", "mask", "t1", "brain", "tissue", "new_lesions", "new_lesions_xfm")
 
 
@@ -35,6 +37,7 @@ class Scan:
         tissue: Labels on the FLAIR's grid (0 background, 1 CSF, 2 GM, 3 WM).
         new_lesions: Mask of the lesions that are new at this visit, on its own grid.
         new_lesions_xfm: ITK transform that maps points of that mask's space to points of this FLAIR.
+        problem: Why the visit cannot be prepared, where that is known by now.
     """
 
     subject: str
@@ -46,6 +49,7 @@ class Scan:
     tissue: Path | None = None
     new_lesions: Path | None = None
     new_lesions_xfm: Path | None = None
+    problem: str | None = None
 
     @property
     def id(self) -> str:
@@ -85,7 +89,7 @@ def find_scans(source: str | Path, *, participants: Collection[str] = (), brain_
             raise InputError(source, "no *_FLAIR.nii.gz in it", "pass a BIDS folder, or a manifest (CSV)")
     elif source.exists():
         rows = manifest_rows(source, needed=("flair",), optional=_FILES[1:])
-        found = [Scan(subject, session=session, **files) for subject, session, files in rows]
+        found = [Scan(subject, session=session, **files) for subject, session, files in rows]  # type: ignore[arg-type]
         if not found:
             raise InputError(source, "the manifest lists no scan", "add a row: subject,flair")
     else:
@@ -141,9 +145,11 @@ def _in_bids(folder: Path, wanted: Collection[str]) -> Iterator[Scan]:
             warnings.filterwarnings(
                 "ignore", "Derivative indexing was requested", UserWarning
             )  # said below, in one line
-            layout = bids(folder, derivatives=True, validate=False)
+            indexer = bids.BIDSLayoutIndexer(validate=False, index_metadata=False)
+            layout = bids.BIDSLayout(folder, derivatives=True, validate=False, indexer=indexer)
     except Exception as error:  # pybids' own, of JSON, of files: all speak of the folder
-        problem = f"pybids cannot read it ({type(error).__name__})"
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        problem = f"pybids cannot read it ({said.replace(f'{folder.resolve()}/', '')})"
         raise InputError(folder, problem, "correct its JSON files, or pass a manifest (CSV)") from error
     _warn_of_unseen_masks(folder)
 
@@ -156,19 +162,29 @@ def _in_bids(folder: Path, wanted: Collection[str]) -> Iterator[Scan]:
     places = sorted(
         {(f.entities["subject"], f.entities.get("session")) for f in scans if "subject" in f.entities}, key=str
     )
+    used: set[Path] = set()
     for subject, session in places:
         if wanted and subject.casefold() not in wanted:
             continue
         place = {"subject": subject, "session": session}
         where = f"sub-{subject}" + (f"_ses-{session}" if session else "")
-        masks = [p for p in files("derivatives", suffix="mask", **place) if _LESION_MASK.search(p.name)]
+        found = files("raw", suffix="FLAIR", **place)
+        masks = [p for p in files("derivatives", **place) if _LESION_MASK.search(p.name)]
+        used |= {*masks}
         yield Scan(
             checked_id(folder, subject),
-            _only(folder, where, "FLAIR", files("raw", suffix="FLAIR", **place)),
+            found[0],
             checked_id(folder, session, prefix="ses-") if session else "",
-            mask=_only(folder, where, "lesion mask", masks) if masks else None,
+            mask=masks[0] if masks else None,
             t1=_first(where, files("raw", suffix="T1w", **place)),
+            problem=_several(folder, where, "FLAIR", found) or _several(folder, where, "lesion mask", masks),
         )
+    chosen = {"subject": [subject for subject, _ in places if subject.casefold() in wanted]} if wanted else {}
+    unused = [p.name for p in files("all", **chosen) if _LESIONS.search(p.name) and p not in used]
+    if unused:
+        more = f" and {len(unused) - _MOST_NAMED} more" if len(unused) > _MOST_NAMED else ""
+        text = f"{short(folder)}: no scan uses {', '.join(unused[:_MOST_NAMED])}{more}; name masks in a manifest (CSV)"
+        warnings.warn(text, InputWarning, stacklevel=4)
 
 
 def _warn_of_unseen_masks(folder: Path) -> None:
@@ -183,11 +199,11 @@ def _warn_of_unseen_masks(folder: Path) -> None:
             warnings.warn(text, InputWarning, stacklevel=5)
 
 
-def _only(folder: Path, where: str, what: str, paths: list[Path]) -> Path:
-    if len(paths) > 1:
-        names = ", ".join(p.name for p in paths)
-        raise InputError(folder, f"{where} has several {what}s ({names})", "pass a manifest that names one")
-    return paths[0]
+def _several(folder: Path, where: str, what: str, paths: list[Path]) -> str | None:
+    if len(paths) < 2:
+        return None
+    names = ", ".join(p.name for p in paths)
+    return str(InputError(folder, f"{where} has several {what}s ({names})", "pass a manifest (CSV) that names one"))
 
 
 def _first(where: str, paths: list[Path]) -> Path | None:

@@ -69,10 +69,10 @@ def load_bids() -> Any:
         ConfigError: It is not installed.
     """
     try:
-        from bids import BIDSLayout
+        import bids
     except ImportError as error:
         raise ConfigError(_MISSING.format("pybids")) from error
-    return BIDSLayout
+    return bids
 
 
 @contextmanager
