@@ -1,6 +1,7 @@
 """Raw scans to cases and back: a real pair of visits, cropped to the brain, at half its resolution in the plane."""
 
 import csv
+import errno
 import gzip
 import json
 import shutil
@@ -15,12 +16,22 @@ import pytest
 from scipy.spatial.transform import Rotation
 from synthlong_cli.main import main
 
-from synthlong.errors import ConfigError, InputError, InputWarning
+from synthlong.errors import ConfigError, InputError, InputWarning, OutputError
 from synthlong.inpainting import Inpainter, heal
 from synthlong.manifest import find_cases
 from synthlong.networks import default_precision
 from synthlong.nifti import read_nifti, write_nifti
-from synthlong.preparation import PreparationConfig, Scan, prepare, registration, run, subject, to_native, visit
+from synthlong.preparation import (
+    PreparationConfig,
+    Scan,
+    halfway,
+    prepare,
+    registration,
+    run,
+    subject,
+    to_native,
+    visit,
+)
 from synthlong.preparation.derivatives import file_name, read_native, read_record
 from synthlong.preparation.quality import correlation, snr_of
 from synthlong.preparation.registration import MNI, mni_brain
@@ -237,7 +248,26 @@ def test_what_is_replaced_leaves_nothing_behind(raw, tmp_path):
 
 
 @pytest.mark.usefixtures("here")
-def test_whatever_a_tool_does_the_others_go_on(raw, tmp_path):
+def test_whatever_a_tool_does_the_others_go_on(raw, tmp_path, monkeypatch):
+    manifest = scans_of(raw, tmp_path / "in", b=again(raw, 1), c=again(raw, 2))
+    manifest.write_text("subject,session,flair\na,1,a.nii.gz\nb,1,b.nii.gz\nb,2,c.nii.gz\n")
+
+    def failing(heads, **_):
+        if len(heads) > 1:
+            raise RuntimeError("registration failed: too few samples\nat line 7")
+        return [np.eye(4)]
+
+    monkeypatch.setattr(halfway, "align_visits", failing)
+    seen = []
+    outcome = prepare(manifest, tmp_path / "out", config=QUICK, progress=lambda *step: seen.append(step))
+    assert seen[-1][2] == 9
+    assert outcome.prepared == ["a_ses-1"]
+    said = "sub-b (b.nii.gz, c.nii.gz): RuntimeError (registration failed: too few samples); look at it"
+    assert outcome.failures["b"].startswith(said)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_scan_of_the_size_of_a_house_is_refused(raw, tmp_path):
     manifest = scans_of(raw, tmp_path / "in", b=again(raw, 1))
     scan = read_nifti(tmp_path / "in" / "b.nii.gz")
     write_nifti(tmp_path / "in" / "b.nii.gz", scan.data, scan.affine @ np.diag([100, 100, 100, 1]), code=1)
@@ -469,8 +499,12 @@ def test_only_visits_that_were_prepared_together_are_a_pair(stub, tmp_path):
     first, last = Scan("a", tmp_path / "f.nii", "1"), Scan("a", tmp_path / "g.nii", "2", new_lesions=tmp_path / "f.nii")
     stub(first, last)
     assert len(lines_of(tmp_path / "out" / "pairs.csv")) == 1
-    with pytest.warns(InputWarning, match="other visits"):
+    with (
+        pytest.warns(InputWarning, match="other visits"),
+        pytest.warns(InputWarning, match="no visits of their subjects any more, and in no table: a_ses-2; delete"),
+    ):
         stub(first)  # by itself, registered anew
+    assert [line["session"] for line in lines_of(tmp_path / "out" / "prepared.csv")] == ["1"]
     assert not (tmp_path / "out" / "pairs.csv").exists()
     with pytest.warns(InputWarning, match="other visits"):
         stub(first, last)
@@ -506,8 +540,33 @@ def test_the_table_keeps_failures_that_a_call_did_not_come_to(stub, tmp_path):
         stub(replace(one, session="2"), other, progress=stop)
     assert lines_of(tmp_path / "out" / "prepared.csv")[-1]["status"] == "failed"
     stub.failing.clear()
-    stub(one, other)
+    with pytest.warns(InputWarning, match="in no table: a_ses-2"):
+        stub(one, other)
     assert lines_of(tmp_path / "out" / "prepared.csv")[-1]["status"] == "ok"
+
+
+def test_what_was_made_apart_comes_together(stub, tmp_path):
+    """As on a cluster: a folder for each task, copied into one; the last call finds all there."""
+    one = [Scan("a", tmp_path / "f.nii", "1"), Scan("a", tmp_path / "g.nii", "2", new_lesions=tmp_path / "f.nii")]
+    other = Scan("b", tmp_path / "h.nii")
+    other.flair.write_bytes(b"a third")
+    for n, scans in enumerate((one, [other])):
+        prepare(scans, tmp_path / f"task{n}", config=QUICK)
+        shutil.copytree(tmp_path / f"task{n}", tmp_path / "out", dirs_exist_ok=True)
+    outcome = stub(*one, other)
+    assert (outcome.prepared, outcome.there) == ([], ["a_ses-1", "a_ses-2", "b"])
+    lines = [(line["subject"], line["flair"]) for line in lines_of(tmp_path / "out" / "prepared.csv")]
+    assert lines == [("a", "f.nii"), ("a", "g.nii"), ("b", "h.nii")]
+    assert len(lines_of(tmp_path / "out" / "pairs.csv")) == 1
+
+
+def test_a_full_disk_is_named(stub, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "/scratch/tmp/x.mat")
+
+    monkeypatch.setattr(run, "prepare_subject", full)
+    with pytest.raises(OutputError, match=r"tmp/x.mat: cannot be written \(No space left on device\)"):
+        stub(Scan("a", tmp_path / "f.nii"))
 
 
 def test_what_a_person_changed_stays(stub, tmp_path):

@@ -34,7 +34,7 @@ from synthlong.nifti import sidecar_of
 from synthlong.preparation.config import PreparationConfig
 from synthlong.preparation.derivatives import FIGURES, description, file_name, read_record, sha256_of
 from synthlong.preparation.memory import usable_memory_gb
-from synthlong.preparation.scans import Scan, find_scans, visits_of
+from synthlong.preparation.scans import Scan, find_scans, some, visits_of
 from synthlong.preparation.stamp import Stamp, changes, stamp_of, used_files
 from synthlong.preparation.subject import STEPS, prepare_subject
 from synthlong.preparation.tables import KEYS, Records, read_records, write_tables
@@ -45,7 +45,6 @@ __all__ = ["Outcome", "prepare"]
 _UNFINISHED = ".unfinished-"
 _OUTDATED = "of an earlier preparation, the last one failed"
 _PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-_MOST_NAMED = 5
 _GB_PER_WORKER, _GB_OF_OWN = 4.5, 1.0
 
 
@@ -132,6 +131,7 @@ def prepare(
     out = Path(out)
     tasks = [_Task(tuple(visits), out, config, prefer) for _, visits in visits_of(scans)]
     _check(out, scans, config)
+    visits = {task.subject: [scan.id for scan in task.scans] for task in tasks}
     made, todo, lost = _planned(tasks)
     present = {task.subject for task in made}
     planned = [scan.id for task in todo for scan in task.scans]
@@ -150,12 +150,13 @@ def prepare(
             _mark(task, outdated=True)
         done = lost.copy()
 
-        def tables() -> tuple[Records, list[tuple[Scan, str]]]:
-            """Write what lies there by now, and what failed."""
-            records = read_records(out)
+        def tables() -> tuple[Records, list[tuple[Scan, str]], list[str]]:
+            """Write what lies there by now, and what failed; return the names that are no visits of their subjects."""
+            found = read_records(out)
+            records = {name: r for name, r in found.items() if name in visits.get(r["subject"], (name,))}
             failed = [(scan, task.failure) for task in done if task.failure is not None for scan in task.scans]
             write_tables(out, records, failed, subjects=present | {task.subject for task in done})
-            return records, failed
+            return records, failed, [name for name in found if name not in records]
 
         try:
             with closing(_results(todo, workers or _processors(config), progress)) as results:
@@ -174,7 +175,10 @@ def prepare(
             for text in task.warnings:
                 warnings.warn(text, InputWarning, stacklevel=2)
         publish(out / "dataset_description.json", (json.dumps(description(), indent=1) + "\n").encode())
-        records, failed = tables()
+        records, failed, strays = tables()
+    if strays:
+        text = f"no visits of their subjects any more, and in no table: {some(strays)}; delete their files"
+        warnings.warn(f"{short(out)}: {text}", InputWarning, stacklevel=2)
     failures = {task.subject: task.failure for task in done if task.failure is not None}
     prepared = [name for name in planned if name not in {scan.id for scan, _ in failed}]
     flagged = {name: records[name]["flags"] for name in (*there, *prepared) if records[name]["flags"]}
@@ -312,9 +316,8 @@ def _planned(tasks: Sequence[_Task]) -> tuple[list[_Task], list[_Task], list[_Ta
     _say(tasks, again, "otherwise", "are made again")
     _say(tasks, others, "by other versions", "are kept; delete them to have them made again")
     if kept:
-        more = f" and {len(kept) - _MOST_NAMED} more" if len(kept) > _MOST_NAMED else ""
-        text = f"changed since prepared, and kept: {', '.join(kept[:_MOST_NAMED])}{more}"
-        warnings.warn(f"{short(tasks[0].out)}: {text}; delete what is to be made again", InputWarning, stacklevel=3)
+        text = f"changed since prepared, and kept: {some(kept)}; delete what is to be made again"
+        warnings.warn(f"{short(tasks[0].out)}: {text}", InputWarning, stacklevel=3)
     return there, todo, failed
 
 
@@ -343,7 +346,8 @@ def _mark(task: _Task, *, outdated: bool) -> None:
 def _prepare(task: _Task) -> _Task:
     """Prepare one subject in a folder of its own, then move its files into place."""
     folder = task.out / f"{_UNFINISHED}{task.subject}-{os.getpid()}"
-    where = short(task.scans[0].flair)
+    named = ", ".join(scan.flair.name for scan in task.scans)
+    where = short(task.scans[0].flair) if len(task.scans) == 1 else f"sub-{task.subject} ({named})"
     caught: list[warnings.WarningMessage] = []
     left = task.steps
 
@@ -372,6 +376,7 @@ def _prepare(task: _Task) -> _Task:
                 "scan": scan.id,
                 "subject": scan.subject,
                 "session": scan.session,
+                "flair": scan.flair.name,
                 "space": task.config.space,
                 "visits": [visit.id for visit in task.scans],
                 "SkullStripped": task.config.recipe == "kamraoui",
@@ -392,7 +397,9 @@ def _prepare(task: _Task) -> _Task:
     except OSError as error:
         if error.errno in _PLACE:
             way = "free some space, or check the permissions, then run the same command again"
-            raise OutputError(task.out, f"cannot be written ({error.strerror})", way) from error
+            place = Path(os.fsdecode(error.filename or task.out))
+            place = task.out if place.is_relative_to(task.out) else place
+            raise OutputError(place, f"cannot be written ({error.strerror})", way) from error
         return replace(task, failure=f"{where}: {type(error).__name__} ({error.strerror}); is the installation whole?")
     except Exception as error:  # of the tools: whatever it is, the other subjects go on
         said = str(error).strip().splitlines()

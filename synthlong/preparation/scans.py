@@ -14,7 +14,7 @@ from synthlong.errors import ConfigError, InputError, InputWarning, short
 from synthlong.manifest import check_ids, checked_id, manifest_rows
 from synthlong.preparation.tools import load_bids
 
-__all__ = ["Scan", "find_scans", "scan_id", "visits_of"]
+__all__ = ["Scan", "find_scans", "scan_id", "some", "visits_of"]
 
 _PREPARED = re.compile(r"_space-(?:MNI|halfway)")
 _LESION_MASK = re.compile(r"_(?:(?:desc|label)-(?:lesions?|wmh)_(?:.*_)?(?:mask|roi)|lesionmask)\.nii", re.IGNORECASE)
@@ -128,6 +128,12 @@ def visits_of(scans: Collection[Scan]) -> list[tuple[str, list[Scan]]]:
     return [(subject, list(group)) for subject, group in groupby(sorted(scans, key=key), key=lambda s: s.subject)]
 
 
+def some(names: list[str]) -> str:
+    """Return the first few of some names, and how many more there are."""
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more
+
+
 def _with_brain(scan: Scan, pattern: str) -> Scan:
     try:
         path = Path(pattern.format(subject=scan.subject, session=scan.session))
@@ -182,8 +188,7 @@ def _in_bids(folder: Path, wanted: Collection[str]) -> Iterator[Scan]:
     chosen = {"subject": [subject for subject, _ in places if subject.casefold() in wanted]} if wanted else {}
     unused = [p.name for p in files("all", **chosen) if _LESIONS.search(p.name) and p not in used]
     if unused:
-        more = f" and {len(unused) - _MOST_NAMED} more" if len(unused) > _MOST_NAMED else ""
-        text = f"{short(folder)}: no scan uses {', '.join(unused[:_MOST_NAMED])}{more}; name masks in a manifest (CSV)"
+        text = f"{short(folder)}: no scan uses {some(unused)}; name masks in a manifest (CSV)"
         warnings.warn(text, InputWarning, stacklevel=4)
 
 

@@ -54,6 +54,7 @@ def write_tables(out: Path, records: Records, failed: Sequence[tuple[Scan, str]]
         name: {
             "subject": record["subject"],
             "session": record["session"],
+            "flair": record.get("flair", ""),
             "status": "flagged" if record["flags"] else "ok",
             "problem": "; ".join(record["flags"]),
             **record["figures"],
@@ -61,7 +62,8 @@ def write_tables(out: Path, records: Records, failed: Sequence[tuple[Scan, str]]
         for name, record in records.items()
     }
     for scan, problem in failed:
-        rows[scan.id] = {"subject": scan.subject, "session": scan.session, "status": "failed", "problem": problem}
+        row = {"subject": scan.subject, "session": scan.session, "flair": scan.flair.name}
+        rows[scan.id] = {**row, "status": "failed", "problem": problem}
     pairs = []
     for name, record in records.items():
         mask = file_name(name, "desc-newlesions_mask.nii.gz", space=record["space"])
@@ -90,8 +92,8 @@ def _failed_earlier(path: Path, *, but: Collection[str]) -> dict[str, dict[str, 
         with path.open(newline="") as file:
             lines = list(csv.DictReader(file))
         failed = [line for line in lines if line["status"] == "failed" and line["subject"] not in but]
-        keys = ("subject", "session", "status", "problem")
-        return {scan_id(line["subject"], line["session"]): {key: line[key] for key in keys} for line in failed}
+        keys = ("subject", "session", "flair", "status", "problem")
+        return {scan_id(line["subject"], line["session"]): {key: line.get(key) for key in keys} for line in failed}
     except (OSError, ValueError, KeyError, csv.Error):  # there is none, or somebody edited it
         return {}
 
