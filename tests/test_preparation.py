@@ -125,7 +125,7 @@ def natives_volume(native, mask):
 @pytest.mark.usefixtures("few_samples")
 def test_the_halfway_space_moves_both_visits_alike(raw, tmp_path):
     seen = []
-    with pytest.warns(InputWarning, match="columns that recipe schmidt does not use: brain"):
+    with pytest.warns(InputWarning, match="recipe schmidt does not use: brain"):
         outcome = prepare(raw, tmp_path, config=QUICK, workers=1, progress=lambda *step: seen.append(step))
     assert seen[-1] == ("steps", 6, 6)  # read, registered, written
     assert outcome.prepared == ["lo01_ses-1", "lo01_ses-2"]
@@ -618,6 +618,14 @@ def test_what_a_kill_leaves_half_moved_is_made_again(stub, tmp_path, monkeypatch
     assert stub(scan).prepared == ["a"]
 
 
+def test_a_record_that_says_nothing_is_written_anew(stub, tmp_path):
+    scan, path = Scan("a", tmp_path / "f.nii"), tmp_path / "out" / "sub-a_space-halfway_FLAIR.json"
+    stub(scan)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"stamp": {"versions": None}}))
+    assert stub(scan).prepared == ["a"]
+    assert stub(scan).there == ["a"]
+
+
 def test_results_of_other_versions_stay(stub, tmp_path):
     stub(Scan("a", tmp_path / "f.nii"), Scan("b", tmp_path / "g.nii"))
     for name in "ab":
@@ -641,13 +649,13 @@ def test_one_scan_is_not_two_visits(stub, tmp_path):
         stub(one, Scan("c", tmp_path / "f.nii"))
 
 
-@pytest.mark.filterwarnings("always:columns:synthlong.errors.InputWarning")
+@pytest.mark.filterwarnings("always:recipe:synthlong.errors.InputWarning")
 def test_a_dry_run_says_what_each_scan_has(raw, tmp_path, capsys):
     (tmp_path / "schmidt.toml").write_text('recipe = "schmidt"')
     call = ["prepare", str(raw), "-o", str(tmp_path), "--config", str(tmp_path / "schmidt.toml"), "--dry-run"]
     assert main(call) == 0
     said = capsys.readouterr()
-    assert said.err == "warning: columns that recipe schmidt does not use: brain\n"
+    assert said.err == "warning: recipe schmidt does not use: brain\n"
     assert said.out.splitlines() == [
         "would prepare: lo01_ses-1 (flair)",
         "would prepare: lo01_ses-2 (flair, mask, brain, new_lesions, new_lesions_xfm)",

@@ -17,7 +17,6 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import synthlong
 from synthlong.dataset.lock import writer_lock
@@ -25,19 +24,17 @@ from synthlong.dataset.plan import is_leftover
 from synthlong.dataset.pool import LocalPool, Lost, Stopped, count, stop_if_told
 from synthlong.dataset.run import processors
 from synthlong.dataset.writer import canonical_json, publish
-from synthlong.differences import differences
 from synthlong.errors import ConfigError, InputError, InputWarning, OutputError, SynthlongError, short
 from synthlong.inpainting import Inpainter
-from synthlong.manifest import warn_of_twins
 from synthlong.networks import one_thread, settled
-from synthlong.nifti import sidecar_of
 from synthlong.preparation.config import PreparationConfig
-from synthlong.preparation.derivatives import FIGURES, description, file_name, read_record, sha256_of
+from synthlong.preparation.derivatives import FIGURES, description, read_record, sha256_of
 from synthlong.preparation.memory import usable_memory_gb
 from synthlong.preparation.scans import Scan, find_scans, some, visits_of
-from synthlong.preparation.stamp import Stamp, changes, stamp_of, used_files
-from synthlong.preparation.subject import STEPS, prepare_subject
-from synthlong.preparation.tables import KEYS, Records, read_records, write_tables
+from synthlong.preparation.stamp import stamp_of, used_files
+from synthlong.preparation.subject import prepare_subject
+from synthlong.preparation.tables import Records, read_records, write_tables
+from synthlong.preparation.task import Task, planned_of, record_of
 from synthlong.preparation.tools import load_ants, load_hd_bet
 
 __all__ = ["Outcome", "prepare"]
@@ -63,32 +60,6 @@ class Outcome:
     there: list[str] = field(default_factory=list)
     flagged: dict[str, list[str]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Task:
-    """The task of preparing one subject, and what came of it."""
-
-    scans: tuple[Scan, ...]
-    out: Path
-    config: PreparationConfig
-    prefer: str | None
-    warnings: tuple[str, ...] = ()
-    failure: str | None = None
-
-    @property
-    def subject(self) -> str:
-        return self.scans[0].subject
-
-    @property
-    def steps(self) -> int:
-        return STEPS * len(self.scans)
-
-    def flair(self, scan: Scan) -> Path:
-        return self.out / file_name(scan.id, "FLAIR.nii.gz", space=self.config.space)
-
-    def record(self, scan: Scan) -> Path:
-        return sidecar_of(self.flair(scan))
 
 
 def prepare(
@@ -129,10 +100,10 @@ def prepare(
     else:
         scans = list(source)
     out = Path(out)
-    tasks = [_Task(tuple(visits), out, config, prefer) for _, visits in visits_of(scans)]
+    tasks = [Task(tuple(visits), out, config, prefer) for _, visits in visits_of(scans)]
     _check(out, scans, config)
     visits = {task.subject: [scan.id for scan in task.scans] for task in tasks}
-    made, todo, lost = _planned(tasks)
+    made, todo, lost = planned_of(tasks)
     present = {task.subject for task in made}
     planned = [scan.id for task in todo for scan in task.scans]
     there = [scan.id for task in made for scan in task.scans]
@@ -197,7 +168,7 @@ def _check(out: Path, scans: Sequence[Scan], config: PreparationConfig) -> None:
         role for scan in scans for role in used_files(scan.files, config)
     }
     if unread:
-        text = f"columns that recipe {config.recipe} does not use: {', '.join(sorted(unread))}"
+        text = f"recipe {config.recipe} does not use: {', '.join(sorted(unread))}"
         warnings.warn(text, InputWarning, stacklevel=3)
     other = "halfway" if config.recipe == "kamraoui" else "MNI152"
     if any(out.glob(f"sub-*_space-{other}_FLAIR.nii.gz")):
@@ -213,7 +184,7 @@ def _processors(config: PreparationConfig) -> int:
     return max(1, min(processors(), int((memory_gb - _GB_OF_OWN) / _GB_PER_WORKER)))
 
 
-def _results(todo: Sequence[_Task], workers: int, progress: Callable[[str, int, int], None] | None) -> Generator[_Task]:
+def _results(todo: Sequence[Task], workers: int, progress: Callable[[str, int, int], None] | None) -> Generator[Task]:
     """Yield the tasks with what came of them, as they are done."""
     total = sum(task.steps for task in todo)
     report = (lambda n: progress("steps", n, total)) if progress else None
@@ -235,101 +206,7 @@ def _sweep(out: Path) -> None:
             file.unlink(missing_ok=True)
 
 
-@dataclass(frozen=True)
-class _Made:
-    """What an earlier call made of a subject.
-
-    Args:
-        changes: What of the way it was made is otherwise now.
-        versions: Which tools are.
-        missing: Whether a file or record is not there.
-        edited: Names of files that somebody changed since.
-    """
-
-    changes: list[str]
-    versions: list[str]
-    missing: bool
-    edited: list[str]
-
-
-def _made_of(task: _Task, now: Stamp) -> _Made | None:
-    """Return what lies there of a subject, None if nothing is recorded."""
-    records = [record for scan in task.scans if (record := _record_of(task, scan))]
-    if not records:
-        return None
-    files = {name: sha256 for record in records for name, sha256 in record["files"].items()}
-    sums = {name: sha256_of(task.out / name) for name in files}
-    return _Made(
-        [text for record in records for text in changes(record["stamp"], now, task.config)],
-        [text for record in records for text in differences(record["stamp"]["versions"], now["versions"])],
-        len(records) < len(task.scans) or "" in sums.values(),
-        sorted(name for name in files if sums[name] not in ("", files[name])),
-    )
-
-
-def _record_of(task: _Task, scan: Scan) -> dict[str, Any]:
-    """Return the record of a scan, empty if there is none that can be used."""
-    with suppress(InputError):
-        record = read_record(task.flair(scan))
-        if record and record.keys() >= KEYS:
-            return record
-    return {}
-
-
-def _failure_of(task: _Task, stamp: Stamp, made: _Made | None) -> str | None:
-    """Return why a subject cannot be prepared, as far as that is known before the work."""
-    seen: dict[str, Scan] = {}
-    for scan in task.scans:
-        if scan.problem:
-            return scan.problem
-        same = seen.setdefault(stamp["scans"][scan.id]["flair"] or scan.id, scan)
-        if same is not scan:
-            problem = f"is the FLAIR of session '{same.session}', too"
-            return str(InputError(scan.flair, problem, f"name that of session '{scan.session}'"))
-    if made and made.edited and (made.changes or made.missing):
-        why = "; ".join(dict.fromkeys(made.changes)) or "files are missing"
-        problem = f"is to be made again ({why}), but was changed by hand"
-        return str(InputError(task.out / made.edited[0], problem, "move it away, or delete it"))
-    return None
-
-
-def _planned(tasks: Sequence[_Task]) -> tuple[list[_Task], list[_Task], list[_Task]]:
-    """Return which subjects are there, which are to be prepared, and which cannot be; warn of what is not plain."""
-    there, todo, failed = [], [], []
-    kept, again, others = [], [], []
-    flairs: dict[str, str] = {}
-    for task in tasks:
-        stamp = stamp_of(task.scans, task.config, task.prefer)
-        made = _made_of(task, stamp)
-        if failure := _failure_of(task, stamp, made):
-            failed.append(replace(task, failure=failure))
-            continue
-        flairs |= {scan.id: stamp["scans"][scan.id]["flair"] for scan in task.scans}
-        if made and not made.changes and not made.missing:
-            there.append(task)
-            kept += made.edited
-            others += [(scan.id, text) for scan in task.scans for text in made.versions]
-        else:
-            todo.append(task)
-            again += [(scan.id, text) for scan in task.scans for text in (made.changes if made else ())]
-    warn_of_twins({name: sha256 for name, sha256 in flairs.items() if sha256})
-    _say(tasks, again, "otherwise", "are made again")
-    _say(tasks, others, "by other versions", "are kept; delete them to have them made again")
-    if kept:
-        text = f"changed since prepared, and kept: {some(kept)}; delete what is to be made again"
-        warnings.warn(f"{short(tasks[0].out)}: {text}", InputWarning, stacklevel=3)
-    return there, todo, failed
-
-
-def _say(tasks: Sequence[_Task], found: list[tuple[str, str]], how: str, what: str) -> None:
-    """Warn, in one line, of scans and what differs about them."""
-    if found:
-        ids, texts = (dict.fromkeys(part) for part in zip(*found, strict=True))
-        text = f"{short(tasks[0].out)}: {len(ids)} scans were made {how} ({'; '.join(texts)}) and {what}"
-        warnings.warn(text, InputWarning, stacklevel=4)
-
-
-def _mark(task: _Task, *, outdated: bool) -> None:
+def _mark(task: Task, *, outdated: bool) -> None:
     """Flag what lies there of a subject that could not be prepared since, or take that flag away."""
     for scan in task.scans:
         with suppress(InputError):
@@ -343,7 +220,7 @@ def _mark(task: _Task, *, outdated: bool) -> None:
 # In a worker
 
 
-def _prepare(task: _Task) -> _Task:
+def _prepare(task: Task) -> Task:
     """Prepare one subject in a folder of its own, then move its files into place."""
     folder = task.out / f"{_UNFINISHED}{task.subject}-{os.getpid()}"
     named = ", ".join(scan.flair.name for scan in task.scans)
@@ -417,12 +294,12 @@ def _files_of(folder: Path, scan: Scan, space: str) -> list[Path]:
     return [path for pattern in patterns for path in folder.glob(pattern)]
 
 
-def _move(task: _Task, folder: Path) -> None:
+def _move(task: Task, folder: Path) -> None:
     """Replace what was made of a subject; a FLAIR goes first and comes last, so that no half of a case is used.
 
     Records come before what they list: whatever ends this, they tell its files from a person's.
     """
-    old = {name for scan in task.scans for name in _record_of(task, scan).get("files", ())}
+    old = {name for scan in task.scans for name in record_of(task, scan).get("files", ())}
     new = [path.relative_to(folder) for scan in task.scans for path in _files_of(folder, scan, task.config.space)]
     records = [task.record(scan).name for scan in task.scans]
     for name in new:
