@@ -274,9 +274,9 @@ def _prepare(task: Task) -> Task:
     except OSError as error:
         if error.errno in _PLACE:
             way = "free some space, or check the permissions, then run the same command again"
-            place = Path(os.fsdecode(error.filename or task.out))
-            place = task.out if place.is_relative_to(task.out) else place
-            raise OutputError(place, f"cannot be written ({error.strerror})", way) from error
+            place = Path(error.filename) if isinstance(error.filename, str) else task.out
+            full = task.out if place.is_relative_to(task.out) else place
+            raise OutputError(full, f"cannot be written ({error.strerror})", way) from error
         return replace(task, failure=f"{where}: {type(error).__name__} ({error.strerror}); is the installation whole?")
     except Exception as error:  # of the tools: whatever it is, the other subjects go on
         said = str(error).strip().splitlines()
