@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from synthlong.errors import InputError, InputWarning, short
 from synthlong.looks import is_stripped
-from synthlong.mask import MOST_OUTSIDE, check_binary, check_labels, check_mask, clip_to_brain, read_beside
+from synthlong.mask import MOST_OUTSIDE, check_binary, check_csf, check_labels, check_mask, clip_to_brain, read_beside
 from synthlong.nifti import Volume, read_nifti
 from synthlong.preparation.config import PreparationConfig
 from synthlong.preparation.derivatives import way_name
@@ -142,6 +142,7 @@ def read_files(scan: Scan, prefer: str | None) -> Files:
         check_binary(brain)
     if tissue is not None:
         check_labels(tissue)
+        check_csf(tissue, flair)
     return Files(scan, flair, mask, new, tissue, brain, None if scan.t1 is None else read_nifti(scan.t1, prefer=prefer))
 
 
