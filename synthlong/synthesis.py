@@ -22,8 +22,8 @@ class SynthesisConfig(Options):
             lie at random over the brain's bounding box.
         new_mean: Mean number of new lesions in recipes that have any (1 + geometric).
         new_max: Most new lesions.
-        real_share: Share of the lesions that change that are real ones of the case, as far as it has them. Parts into
-            which `max_event_mm3` splits confluent ones count, too, though what they touch may stay.
+        real_share: Share of real lesions of the case among those that change, as far as it has enough of them. A part
+            that `max_event_mm3` splits off a confluent lesion counts as one; the rest of that lesion may stay.
         vanished_mean: Mean number of vanished lesions (Poisson).
         enlarging_mean: Mean number of enlarging lesions (Poisson).
         shrinking_mean: Mean number of shrinking lesions (Poisson).
@@ -42,7 +42,7 @@ class SynthesisConfig(Options):
         flow_share: Probability, for each visit, that its CSF and the outermost voxels of its brain are brighter in
             places: flow artifacts, and meninges that skull stripping left.
         protocol_spread: Each visit's own gray scale, as other scanners have: the logarithms of its contrast and gamma
-            lie anywhere from minus to plus this; see `protocol`.
+            lie anywhere from minus to plus this; 0: both visits have that of the scan.
         artifacts: Each visit's own: "mild", "kamraoui" or "clinical" (presets of `artifacts.RandomAcquisition`),
             "none", or "before_editing": those of "kamraoui", on the scan before its lesions are edited, as in Kamraoui
             et al.

@@ -15,22 +15,8 @@ import torch
 from synthlong.augmentation import ARTIFACTS
 from synthlong.dataset.run import generate
 from synthlong.errors import InputWarning
-from synthlong.options import Options
-from synthlong.preparation.config import PreparationConfig
-from synthlong.synthesis import SynthesisConfig
-from synthlong.training.ohem import OhemConfig
-from synthlong.training.stage_config import FinetuneConfig, PretrainConfig, SegmentConfig
-from synthlong.training.training_config import TrainingConfig
+from tests import options_page
 
-CONFIGS = (
-    SynthesisConfig,
-    PreparationConfig,
-    TrainingConfig,
-    SegmentConfig,
-    PretrainConfig,
-    FinetuneConfig,
-    OhemConfig,
-)
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs" / "artifacts"
 PAGES = sorted(page.relative_to(ROOT).as_posix() for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")))
@@ -109,16 +95,12 @@ def headings(page):
     return [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-def test_every_option_is_listed_with_its_default(config):
-    page = (DOCS.parent / "options.md").read_text()
-    own = re.search(rf"^## [^\n]*`{config.__name__}`\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)[1]
-    listed = dict(re.findall(r"^\| `(\w+)` \| (?:`([^`]+)`)? \|", own, re.MULTILINE))
-    if issubclass(config, TrainingConfig):
-        shared = re.search(r"^## every `train`.*?(?=^## )", page, re.MULTILINE | re.DOTALL)[0]
-        listed = dict(re.findall(r"^\| `(\w+)` \| (?:`([^`]+)`)? \|", shared, re.MULTILINE)) | listed
-    defaults = {field.name: field.default for field in fields(config)}
-    assert listed.keys() == defaults.keys()
-    for name, default in defaults.items():
-        wanted = "a table" if isinstance(default, Options) else "" if default is None else json.dumps(default)
-        assert listed[name] == wanted, name
+def test_the_options_are_those_of_the_code():
+    assert options_page.PAGE.read_text() == options_page.page(), "python tests/options_page.py writes it again"
+
+
+@pytest.mark.parametrize("config", options_page.SECTIONS.values())
+def test_what_the_options_allow_is_taken(config):
+    for option in fields(config):
+        for value in re.findall(r'`("[^`]+"|true|false)`', options_page.allowed(config, option.name)):
+            config(**{option.name: json.loads(value)})
