@@ -95,6 +95,13 @@ def headings(page):
     return [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
 
 
+def test_every_file_is_on_the_map():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    there = [path.relative_to(ROOT).as_posix() for room in ("synthlong", "cli") for path in (ROOT / room).rglob("*.py")]
+    named = {name.removeprefix("synthlong/") for name in there if not name.endswith("__init__.py")}
+    assert named == set(re.findall(r"`([\w/]+\.py)`", page.partition("\n## ")[0]))
+
+
 def test_the_options_are_those_of_the_code():
     assert options_page.PAGE.read_text() == options_page.page(), "python tests/options_page.py writes it again"
 
