@@ -20,7 +20,7 @@ from tests import options_page
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs" / "artifacts"
 PAGES = sorted(page.relative_to(ROOT).as_posix() for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")))
-OF_A_RUN = ("README.md", "docs/detection.md", "docs/evaluation.md", "docs/shards.md")
+OF_A_RUN = ("README.md", "docs/detection.md", "docs/evaluation.md", "docs/own-networks.md", "docs/shards.md")
 """Their code reads scans, masks and a run under the names of `files`."""
 
 
