@@ -5,7 +5,7 @@
 FOLDER is `docs/artifacts` by default.
 """
 
-import sys
+import argparse
 import warnings
 from pathlib import Path
 
@@ -61,7 +61,7 @@ def acquisitions() -> list[Artifact]:
     return [mixture.final(**params) for params in drawn]
 
 
-def main(folder: str = "docs/artifacts") -> None:
+def main(folder: str) -> None:
     warnings.simplefilter("ignore", InputWarning)
     case = next(case for case in read_cases(bundled_cases()) if "cs07" in case.id)
     scan = torch.from_numpy(case.flair)
@@ -88,4 +88,6 @@ def main(folder: str = "docs/artifacts") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", default="docs/artifacts")
+    main(parser.parse_args().folder)

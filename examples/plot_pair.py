@@ -4,7 +4,7 @@ Run `synthlong demo -o demo` first, then `python examples/plot_pair.py demo/pair
 NUMBER it shows the pair with the largest new lesion in its box.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +13,12 @@ from synthlong import Recipe, ShardDataset
 from synthlong.pictures import panels, png_bytes, upright
 
 
-def main(run: str, page: str, number: str | None = None) -> None:
+def main(run: str, page: str, number: int | None = None) -> None:
     dataset = ShardDataset(run)
     if number is None:
         sizes = [int(dataset[k]["new_lesions"].sum()) for k in range(len(dataset))]
-        number = str(int(np.argmax(sizes)))
-    sample = dataset[int(number)]
+        number = int(np.argmax(sizes))
+    sample = dataset[number]
     recipe = Recipe.from_json(sample["recipe"])
     across = recipe.orientation.axes.index(2)  # the scan's axial plane
     volumes = [sample[key][0].numpy() for key in ("baseline", "followup", "evolution")]
@@ -35,4 +35,8 @@ def main(run: str, page: str, number: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="folder that `generate` wrote")
+    parser.add_argument("page", help="PNG file to write")
+    parser.add_argument("number", type=int, nargs="?", help="of the pair")
+    main(**vars(parser.parse_args()))

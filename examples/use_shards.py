@@ -3,7 +3,7 @@
 Run `synthlong demo -o demo` first, then `python examples/use_shards.py demo/pairs`.
 """
 
-import sys
+import argparse
 import warnings
 from dataclasses import replace
 
@@ -30,4 +30,6 @@ def main(run: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="folder that `generate` wrote")
+    main(parser.parse_args().run)
