@@ -17,6 +17,7 @@ import json
 import os
 import shlex
 import subprocess
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,24 +39,7 @@ UNMASKED = ("sub-lo04_ses-1", "sub-lo09_ses-2", "sub-lo20_ses-2")
 
 LICENCE = "open_ms: CC BY; mslesseg: listed as CC BY 4.0"
 
-PAIRS: dict[str, object] = {
-    "artifacts": "clinical",
-    "around_events": 0.65,
-    "new_mean": 6.0,
-    "volume_median_mm3": 80.0,
-    "volume_log_sd": 1.8,
-    "max_event_mm3": 8000,
-    "contrast": [0.7, 1.6],
-    "enlarging_mean": 0.0,
-    "stable_mean": 2.0,
-    "real_share": 0.4,
-    "registration_sd_mm": 0.25,
-    "flow_share": 0.6,
-    "protocol_spread": 0.15,
-}
-"""As prepared visits are: slices of 3 mm that cut the cortex elsewhere, a little off each other, other fluid and gray
-scales. New lesions of all sizes, none too faint to be seen: networks that learned from those call noise a lesion. None
-that grow: experts count those among what is new."""
+PAIRS = tomllib.loads(Path(__file__).with_name("detector_pairs.toml").read_text())
 
 SHARED: dict[str, object] = {"learning_rate": 1e-3, "loss": "bce+dice", "checkpoint_every": 50}
 CONCAT = {**SHARED, "folds": 1, "batch": 8, "side": 32, "steps": 5000, "report_every": 1000}
