@@ -103,7 +103,10 @@ def fit(
 
 
 def commit() -> str | None:
-    """Return the commit of the code, None outside a checkout; a repository around an installed package is none."""
+    """Return the commit of the code, with `-dirty` if it was changed since; None outside a checkout.
+
+    A repository around an installed package is none.
+    """
     here = Path(__file__)
 
     def git(*words: str) -> str:
@@ -112,6 +115,6 @@ def commit() -> str | None:
 
     try:
         git("ls-files", "--error-unmatch", here.name)
-        return git("rev-parse", "HEAD")
+        return git("describe", "--always", "--abbrev=40", "--dirty", "--exclude", "*")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -291,3 +291,5 @@ def test_a_repository_around_an_installed_package_is_not_its_own(tmp_path, monke
     git("add", "fit.py")
     git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "a")
     assert re.fullmatch("[0-9a-f]{40}", verb.commit())
+    (tmp_path / "fit.py").write_text("changed")
+    assert re.fullmatch("[0-9a-f]{40}-dirty", verb.commit())
