@@ -339,6 +339,12 @@ def test_a_run_without_an_index_is_not_finished(tmp_path: Path) -> None:
         ShardDataset(tmp_path / "other")
 
 
+def test_a_folder_around_a_run_is_not_taken_for_an_unfinished_one(tmp_path: Path) -> None:
+    write_run(tmp_path / "demo" / "pairs")
+    with pytest.raises(InputError, match="demo: holds no run of pairs; give the folder that `generate` wrote"):
+        ShardDataset(tmp_path / "demo")
+
+
 @pytest.mark.filterwarnings("ignore:.* its recipes are of another version")
 def test_a_growing_run_is_read_as_it_was_at_open(tmp_path: Path) -> None:
     """A shard counts once its sidecar is there; temporaries never do."""

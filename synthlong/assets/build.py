@@ -238,6 +238,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, nargs="?", help="folder of real data")
     parser.add_argument("-o", "--out", type=Path, default=Path(__file__).parent, help="default: this folder")
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     if args.asset == "tissue":
         return build_tissue(args.out)
     if args.data is None:

@@ -27,6 +27,7 @@ __all__ = ["SHARD", "Index", "found_files", "planned_shards", "read_sidecar", "r
 
 SHARD = np.dtype([("number", "<i4"), ("n", "<i4"), ("first", "<i8"), ("bytes", "<i8"), ("sha256", "V32")])
 _OWN_SHA256 = re.compile(rb'\{"n":\d+,"run_id":"[^"\\]*","schema":"[^"\\]*",("sha256":"([0-9a-f]{64})",)')
+_GIVE = "give the folder that `generate` wrote"
 _RESUME = "run the same `synthlong generate` again"
 
 
@@ -61,7 +62,9 @@ class Index:
             text = path.read_bytes()
         except FileNotFoundError:
             if not out.is_dir():
-                raise InputError(out, "no such folder", "give the folder that `generate` wrote") from None
+                raise InputError(out, "no such folder", _GIVE) from None
+            if not any((out / name).exists() for name in ("run.json", "shards")):
+                raise InputError(out, "holds no run of pairs", _GIVE) from None
             problem = f"not finished: {_progress(out)}, no index.json"
             raise InputError(out, problem, f"{_RESUME}, or in Python use partial=True") from None
         except OSError as error:
