@@ -133,7 +133,7 @@ def test_empty_folders_are_refused(tmp_path):
     ("data", "affine", "said"),
     [
         (np.zeros((24, 20, 11)), AFFINE, r"shape \(24, 20, 11\), but truth/p1.nii.gz has \(24, 20, 10\); resample"),
-        (PATIENTS["p1"][1], np.diag([-0.9, 0.9, 3, 1]), "voxel off that of truth/p1.nii.gz; resample"),
+        (PATIENTS["p1"][1], np.diag([-0.9, 0.9, 3, 1]), "mm off that of truth/p1.nii.gz; resample"),
         (np.linspace(0, 1, 4800, dtype=np.float32).reshape(24, 20, 10), AFFINE, "not a binary mask .* threshold it"),
         (-PATIENTS["p1"][1].astype(np.int16), AFFINE, "not a binary mask"),
     ],
