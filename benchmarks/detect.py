@@ -72,7 +72,7 @@ def trained(kind: type[LongitudinalUNet], case: Case) -> LongitudinalUNet:
         adam.zero_grad()
         (F.binary_cross_entropy_with_logits(logits.float(), truth) - dice).backward()
         adam.step()
-    return network.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
+    return network.to(memory_format=torch.contiguous_format).eval()
 
 
 def of_monai(network: LongitudinalUNet, before: NDArray, after: NDArray, brain: NDArray, window: int) -> NDArray:

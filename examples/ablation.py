@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ class Method:
     artifacts: bool = False
 
     @property
-    def preset(self) -> str:
+    def preset(self) -> Literal["kamraoui", "none"]:
         """Its artifacts."""
         return "kamraoui" if self.artifacts else "none"
 
@@ -100,7 +101,7 @@ class Scale:
     learning_rate: float
     seed: int
 
-    def shared(self) -> dict[str, object]:
+    def shared(self) -> dict[str, Any]:
         """Return what all stages have in common."""
         plain = {"steps": self.steps, "side": self.side, "batch": self.batch, "seed": self.seed, "folds": 1}
         return {**plain, "learning_rate": self.learning_rate, "schedule": "cosine", "report_every": self.steps}
@@ -121,8 +122,8 @@ class Scale:
         if method.synthetic:
             options = {**self.shared(), "trainable": method.trainable}
             if self.synthetic is None:
-                options["synthesis"] = SynthesisConfig(artifacts=method.preset)  # type: ignore[arg-type]
-            config = PretrainConfig(**options)  # type: ignore[arg-type]
+                options["synthesis"] = SynthesisConfig(artifacts=method.preset)
+            config = PretrainConfig(**options)
             source = self.synthetic / method.preset if self.synthetic else self.cases
             pretrain(source, out, encoder=encoder, config=config, card={}, tensorboard=False)
         else:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 import synthlong.artifacts as library
 from synthlong.artifacts.base import RandomArtifact, axial_axis, spacing_of
-from synthlong.case import background_of, mode_of
+from synthlong.case import MOST_NEGATIVE, background_of, mode_of
 from synthlong.dataset.writer import publish
 from synthlong.errors import ConfigError, InputError
 from synthlong.nifti import Volume, read_nifti, write_nifti
@@ -39,7 +39,6 @@ ARTIFACTS: dict[str, type[RandomArtifact]] = {
 """Name on the command line -> transform."""
 
 _ROUNDS = 20
-_MOST_NEGATIVE = 0.01
 _CORNER = 3
 _COLUMNS = 4
 
@@ -167,7 +166,7 @@ def _unit_of(volume: Volume) -> float:
     10.1109/TSMC.1978.4310039); an even background has no say.
     """
     tissue = volume.data[volume.data != background_of(volume)]
-    if (negative := float((tissue < 0).mean())) > _MOST_NEGATIVE:
+    if (negative := float((tissue < 0).mean())) > MOST_NEGATIVE:
         problem = f"{negative:.0%} of its voxels are negative: its intensities have no zero to scale by"
         raise InputError(volume.path, problem, "give the scan as it was before z-scoring")
     bound = tissue.mean(dtype=np.float64)

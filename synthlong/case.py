@@ -31,6 +31,7 @@ from synthlong.tissue import CSF, classify_tissue, fitted_tissue_maps
 
 __all__ = [
     "BRAIN_MODE",
+    "MOST_NEGATIVE",
     "Case",
     "background_of",
     "mode_as_source",
@@ -43,6 +44,9 @@ __all__ = [
 
 BRAIN_MODE = "BrainMode"
 """Key of the JSON beside a FLAIR that states the mode of its brain tissue, in the scan's own units."""
+
+MOST_NEGATIVE = 0.01
+"""Share of a scan's voxels that may be negative by interpolation; with more it was z-scored."""
 
 _KNOT_GRID = 4096
 _MOST_CORNERS = 6
@@ -230,7 +234,7 @@ def _without_negatives(raw: NDArray, brain: NDArray[np.bool_], path: Path) -> ND
     inside = raw[brain]
     negative = int((inside < 0).sum())
     shift = 0.0
-    if negative > 0.01 * inside.size:
+    if negative > MOST_NEGATIVE * inside.size:
         shift = float(np.percentile(inside, 0.5))
         text = f"{negative / inside.size:.0%} of the brain is negative; shifted by {-shift:.4g}"
         warnings.warn(f"{short(path)}: {text}", InputWarning, stacklevel=3)

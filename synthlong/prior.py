@@ -13,7 +13,7 @@ the sources were chosen by `assets.build.held_out_log_likelihood`; the figures a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from synthlong.dataset.writer import check_place
 from synthlong.errors import ConfigError, InputError, short
 from synthlong.mask import MOST_OUTSIDE, check_binary
 from synthlong.nifti import read_nifti, write_nifti
+from synthlong.progress import Progress
 
 __all__ = [
     "FLOOR",
@@ -104,7 +105,7 @@ def write_prior(
     fwhm_mm: float = FWHM_MM,
     symmetric: bool = True,
     prefer: str | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Array:
     """Build a lesion prior from mask files in MNI152 space and write it as NIfTI.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -36,6 +36,7 @@ from synthlong.pictures import (
     png_bytes,
     upright,
 )
+from synthlong.progress import Progress
 from synthlong.recipe import Recipe
 from synthlong.synthesis import SynthesisConfig
 
@@ -84,7 +85,7 @@ def write_report(
     *,
     samples: int = 12,
     title: str = "Synthetic pairs",
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Write one self-contained HTML page about a finished run.
 

@@ -562,7 +562,7 @@ def test_what_was_made_apart_comes_together(stub, tmp_path):
 
 def test_a_full_disk_is_named(stub, tmp_path, monkeypatch):
     def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device", "/scratch/tmp/x.mat")
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "tmp" / "x.mat"))
 
     monkeypatch.setattr(run, "prepare_subject", full)
     with pytest.raises(OutputError, match=r"tmp/x.mat: cannot be written \(No space left on device\)"):

@@ -11,7 +11,7 @@ DIR/derivatives/synthlong/desc-evolution_dseg.tsv                               
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from synthlong.errors import ConfigError, OutputError
 from synthlong.nifti import sidecar_of, write_nifti
 from synthlong.pair import ENLARGED, NEW, SHRUNK, STABLE, VANISHED, Pair
 from synthlong.preparation.derivatives import description
+from synthlong.progress import Progress
 from synthlong.recipe import Recipe
 
 __all__ = ["export_pairs", "write_pair"]
@@ -41,7 +42,7 @@ def export_pairs(
     out: Path,
     *,
     numbers: Iterable[int] | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[Path]:
     """Write pairs of a finished run as NIfTI; return the subjects' folders.
 

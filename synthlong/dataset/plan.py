@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -95,9 +96,14 @@ def environment(device: str) -> dict[str, Any]:
     """Return what besides the plan decides the bytes: versions of what computes them, and the machine."""
     cpu = torch.backends.cpu.get_cpu_capability()
     return {
-        "versions": {"synthlong": synthlong.__version__, **{name: version(name) for name in _LIBRARIES}},
+        "versions": {"synthlong": synthlong.__version__, **_library_versions()},
         "machine": {"cpu": cpu, "device": device, "arithmetic": arithmetic(device)},
     }
+
+
+@cache
+def _library_versions() -> dict[str, str]:
+    return {name: version(name) for name in _LIBRARIES}
 
 
 def read_plan(out: Path) -> dict[str, Any]:

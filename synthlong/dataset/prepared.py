@@ -22,6 +22,7 @@ from synthlong.dataset.shards import canonical_json
 from synthlong.dataset.store import open_case, stamp_of, store_case, stored_stamp
 from synthlong.errors import ConfigError, InputError, OutputError
 from synthlong.manifest import CaseFiles, find_cases
+from synthlong.progress import Progress
 from synthlong.synthesis import SynthesisConfig
 
 __all__ = ["PreparedCases", "plain_hash"]
@@ -59,7 +60,7 @@ class PreparedCases:
         heal: Callable[[Case], Case],
         work: str | Path | None = None,
         begin: float = 0,
-        progress: Callable[[str, int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         found = _found(cases)
         self._config, self._folder = config, _folder(work)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from synthlong.inpainting import heal
 from synthlong.manifest import find_cases
 from synthlong.networks import one_thread
 from synthlong.pair import Pair, render
+from synthlong.progress import Progress
 from synthlong.recipe import Recipe
 from synthlong.synthesis import SynthesisConfig
 
@@ -36,7 +36,7 @@ def replay(
     source: Path | None = None,
     config: SynthesisConfig | None = None,
     whole: bool = False,
-    progress: Callable[[str, int, int], None] = lambda *_: None,
+    progress: Progress = lambda *_: None,
 ) -> tuple[Pair, float]:
     """Render pair `number` of a run again; its box is compared with the shard, bit for bit.
 

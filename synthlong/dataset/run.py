@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -54,17 +54,15 @@ from synthlong.errors import ConfigError, InputError, OutputError
 from synthlong.manifest import find_cases
 from synthlong.networks import settled
 from synthlong.pair import Pair, render
+from synthlong.progress import Progress
 from synthlong.recipe import draw_recipe, rng_of
 from synthlong.synthesis import SynthesisConfig
 
-__all__ = ["Outcome", "Progress", "forget", "generate", "processors"]
+__all__ = ["Outcome", "forget", "generate", "processors"]
 
 _MB_PER_PAIR = {"blosc-lz4": 0.75, "none": 2.1}
 _MB_PER_CASE = 140
 _MOST_OPEN = 16  # a case holds a dozen file descriptors while it is open, and opening one takes milliseconds
-
-Progress = Callable[[str, int, int], None]
-"""Called as (stage, done, total)."""
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from synthlong.lesions import LesionBank
 from synthlong.manifest import CaseFiles
 from synthlong.networks import one_thread, settled
 from synthlong.pair import Painter, render
+from synthlong.progress import Progress
 from synthlong.recipe import draw_recipe, rng_of
 from synthlong.synthesis import SynthesisConfig
 
@@ -87,7 +88,7 @@ class PairStream(IterableDataset[dict[str, Any]]):
         rank: int | None = None,
         world_size: int | None = None,
         work: str | Path | None = None,
-        progress: Callable[[str, int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         for name, value, low in (("seed", seed, 0), ("pairs", pairs, 1), ("batch_size", batch_size, 1)):
             if value < low:

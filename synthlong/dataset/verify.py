@@ -24,14 +24,13 @@ from synthlong.dataset.plan import is_leftover, read_plan, shard_samples
 from synthlong.dataset.reader import ShardReader
 from synthlong.dataset.writer import shard_name
 from synthlong.errors import InputError
+from synthlong.progress import Progress
 
 __all__ = ["Problem", "Report", "rebuild_index", "verify"]
 
 _COPY = "copy it again or generate it anew"
 
 T = TypeVar("T")
-Progress = Callable[[str, int, int], None]
-"""Called as (stage, done, total)."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from synthlong.detection.scores import KEYS, LesionScores, lesion_scores
 from synthlong.errors import InputError, InputWarning, short
 from synthlong.mask import check_binary, read_beside
 from synthlong.nifti import Volume, read_nifti
+from synthlong.progress import Progress
 
 __all__ = [
     "WITHOUT_NEW",
@@ -94,7 +95,7 @@ def evaluate(
     prediction: str | Path,
     *,
     prefer: str | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, LesionScores]:
     """Score predicted masks of new lesions by patient, the name of the truth's file without its ending.
 

@@ -18,9 +18,10 @@ from scipy import ndimage
 import synthlong
 from synthlong.case import Case
 from synthlong.detection.networks import ConcatUNet, LongitudinalUNet, SiameseUNet
-from synthlong.detection.sliding import Progress, check_alike, probability_map
+from synthlong.detection.sliding import check_alike, probability_map
 from synthlong.detection.visits import check_same_grid, in_common_brain
 from synthlong.errors import ConfigError, InputError
+from synthlong.progress import Progress
 from synthlong.weights import read_weights
 
 __all__ = [

@@ -7,7 +7,7 @@ Windows lie on a regular lattice, the last of an axis moved inside; overlaps are
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
@@ -19,16 +19,14 @@ from torch import Tensor, nn
 from synthlong.detection.networks import WIDEST_WINDOW, LongitudinalUNet, sees
 from synthlong.errors import ConfigError
 from synthlong.networks import ConvBlock, check_device, default_precision, one_thread
+from synthlong.progress import Progress
 
-__all__ = ["Progress", "check_alike", "probability_map", "window_of"]
+__all__ = ["check_alike", "probability_map", "window_of"]
 
 _BF16_ERROR = 0.1
 """How far bf16 may move a probability; the shipped networks' are moved by up to 0.07."""
 
 _Window = tuple[slice, ...]
-
-Progress = Callable[[str, int, int], None]
-"""Called as (stage, done, total)."""
 
 
 def check_alike(networks: Sequence[LongitudinalUNet]) -> type[LongitudinalUNet]:

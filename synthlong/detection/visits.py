@@ -28,6 +28,7 @@ from synthlong.nifti import Volume, read_nifti
 from synthlong.preparation.config import PreparationConfig
 from synthlong.preparation.derivatives import file_name, read_native, read_record
 from synthlong.preparation.scans import Scan
+from synthlong.progress import Progress
 from synthlong.resampling import Grid
 from synthlong.tissue import fitted_tissue_maps
 
@@ -80,7 +81,7 @@ def read_visits(
     work: Path | None = None,
     config: PreparationConfig | None = None,
     prefer: str | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Visits:
     """Read two visits of a patient, and prepare them where they need it.
@@ -232,7 +233,7 @@ def _prepare(
     *,
     config: PreparationConfig,
     prefer: str | None,
-    progress: Callable[[str, int, int], None] | None,
+    progress: Progress | None,
 ) -> tuple[Path, Path]:
     """Prepare both visits under a name that tells pairs apart; return their FLAIR."""
     from synthlong.preparation.run import prepare

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -36,6 +36,7 @@ from synthlong.preparation.subject import prepare_subject
 from synthlong.preparation.tables import Records, read_records, write_tables
 from synthlong.preparation.task import Task, planned_of, record_of
 from synthlong.preparation.tools import load_ants, load_hd_bet
+from synthlong.progress import Progress
 
 __all__ = ["Outcome", "prepare"]
 
@@ -73,7 +74,7 @@ def prepare(
     prefer: str | None = None,
     break_lock: bool = False,
     dry_run: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Outcome:
     """Prepare raw scans; what is there and was made of the same files in the same way stays, and what a person changed.
 
@@ -184,7 +185,7 @@ def _processors(config: PreparationConfig) -> int:
     return max(1, min(processors(), int((memory_gb - _GB_OF_OWN) / _GB_PER_WORKER)))
 
 
-def _results(todo: Sequence[Task], workers: int, progress: Callable[[str, int, int], None] | None) -> Generator[Task]:
+def _results(todo: Sequence[Task], workers: int, progress: Progress | None) -> Generator[Task]:
     """Yield the tasks with what came of them, as they are done."""
     total = sum(task.steps for task in todo)
     report = (lambda n: progress("steps", n, total)) if progress else None

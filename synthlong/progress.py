@@ -1,0 +1,10 @@
+"""How long work says how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+__all__ = ["Progress"]
+
+Progress = Callable[[str, int, int], None]
+"""Called as (stage, done, total)."""
