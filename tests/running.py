@@ -39,6 +39,13 @@ class Here:
                 report(self.counted)
 
 
+def work_here(monkeypatch, module):
+    """Let a module that makes a pool use this process."""
+    pool = Here()
+    monkeypatch.setattr(module, "LocalPool", lambda *_, **__: pool)
+    monkeypatch.setattr(module, "count", pool.count)
+
+
 def bytes_of(out):
     """Every file of a folder, by its relative path."""
     return {p.relative_to(out).as_posix(): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
