@@ -20,6 +20,7 @@ from synthlong.errors import ConfigError, OutputError
 from synthlong.lesions import LesionBank
 
 distributed = pytest.importorskip("distributed")
+dask_jobqueue = pytest.importorskip("dask_jobqueue")
 
 OPTIONS = {"pairs": 12, "seed": 5, "shard_size": 2, "config": SynthesisConfig(box=32, new_mean=4.0)}
 
@@ -182,6 +183,14 @@ def test_jobs_of_a_batch_system(manifest, whole, out, tmp_path):
     ],
 )
 def test_jobs_that_are_refused_are_not_waited_for(tmp_path, monkeypatch, script, said):
+    kept = []  # Dask looks at the jobs that are not collected yet: all
+
+    def start(job, *arguments, **options):
+        kept.append(job)
+        return submit(job, *arguments, **options)
+
+    submit = dask_jobqueue.core.Job._submit_job
+    monkeypatch.setattr(dask_jobqueue.core.Job, "_submit_job", start)
     monkeypatch.setenv("PATH", str(tmp_path))
     if script is not None:
         (tmp_path / "sbatch").write_text(f"#!/bin/sh\n{script}\n")

@@ -170,6 +170,7 @@ def _cluster(path: Path, refused: list[str]) -> Any:
     """Submit the jobs that a TOML file asks for; `refused` gets what the batch system says against it."""
     import dask_jobqueue
     from dask_jobqueue.local import LocalCluster
+    from distributed.deploy.spec import ProcessInterface
 
     try:
         (system, options), *more = tomllib.loads(path.read_text()).items()
@@ -193,6 +194,11 @@ def _cluster(path: Path, refused: list[str]) -> Any:
                 said = str(error).partition("stderr:\n")[2].strip() or str(error)
                 refused.append(said.splitlines()[0])
                 raise
+
+        async def close(self) -> None:
+            """End the job and say so: `dask_jobqueue` does not, and Dask may ask when it closes the cluster."""
+            await super().close()
+            await ProcessInterface.close(self)
 
     try:
         cluster = kind(**{"processes": 1, "cores": 1, "job_cls": Job, **options})
