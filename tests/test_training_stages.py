@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -24,7 +25,7 @@ from synthlong.training import stages
 from synthlong.training.augmented import AugmentedPatches
 from synthlong.training.loop import seeded_weights
 from synthlong.training.patches import read_patches
-from synthlong.training.seen import _Made
+from synthlong.training.seen import MadePairs, _Made
 from synthlong.training.sides import rng_at
 from synthlong.training.stage_config import FinetuneConfig, PretrainConfig, SegmentConfig
 from synthlong.training.stages import finetune, pretrain
@@ -331,6 +332,16 @@ def test_two_processes_make_the_steps_of_one(run, first, tmp_path):
     learned = [key for key in one if key.startswith("merge")]
     assert min((one[key] - start[key]).abs().mean() for key in learned) > 1e-4
     assert max((one[key] - two[key]).abs().mean() for key in learned) < 1e-6
+
+
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+def test_makers_of_pairs_go_on_after_a_signal(asked, manifest, tmp_path):
+    config = PretrainConfig(**TINY | {"steps": 12, "synthesis": SynthesisConfig(painter="ellipsoid")})
+    batches = iter(MadePairs(manifest, config, work=tmp_path / "work", readers=1).batches(0, rank=0))
+    next(batches)
+    (maker,) = multiprocessing.active_children()
+    os.kill(maker.pid, asked)
+    assert len(list(batches)) == 11  # more than were made in advance
 
 
 @pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])

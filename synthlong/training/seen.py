@@ -116,12 +116,13 @@ class _Made:
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         if not self._steps:  # Lightning asks, even where a training stopped after its last step
             return
-        loader = self._stream.loader(num_workers=self._workers, worker_init_fn=_outlive_one_sigterm)
+        loader = self._stream.loader(num_workers=self._workers, worker_init_fn=_leave_signals_to_the_trainer)
         loader.load_state_dict({**loader.state_dict(), "epoch": 0, "batches": self._steps.start})
         for batch in loader:
             yield tuple(batch[key] for key in self._stream.keys)
 
 
-def _outlive_one_sigterm(_worker: int) -> None:
-    """Let the first SIGTERM pass: a scheduler sends it to all processes, and the step at work is to be saved."""
+def _leave_signals_to_the_trainer(_worker: int) -> None:
+    """Let Ctrl-C and the first SIGTERM pass: they come to all processes, and the step at work is to be saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
