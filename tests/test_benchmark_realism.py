@@ -7,7 +7,7 @@ from scipy import ndimage
 from benchmarks.realism.__main__ import removal_table, repainting_table
 from benchmarks.realism.material import SIDE, Patch
 from benchmarks.realism.page import page_of, quiz_of
-from benchmarks.realism.painting import distances
+from benchmarks.realism.painting import beside_fluid, distances
 from benchmarks.realism.twosample import telling_features, two_sample
 
 
@@ -41,6 +41,7 @@ def test_nothing_to_measure():
     assert math.isnan(two_sample([], some, "logistic").auc)
     assert telling_features([], []) == []
     assert math.isnan(distances([], some)["edge"])
+    assert math.isnan(beside_fluid([]))
     assert quiz_of([], some)[1] == []
     assert repainting_table([]) == ["no lesion lies alone"]
     assert any("0 holes" in line for line in removal_table([]))
@@ -56,3 +57,11 @@ def test_two_patients_give_each_an_auc(grain, low, high):
     assert low <= verdict.auc <= high
     assert verdict.interval[0] <= verdict.auc <= verdict.interval[1]
     assert np.mean(list(verdict.patients.values())) == pytest.approx(verdict.auc)
+
+
+def test_lesions_that_lie_beside_fluid_are_counted():
+    far, near = patches("a", 2, grain=0.0, seed=0)
+    far.image[:, :, : SIDE // 2 - 6] = 0.1
+    near.image[:, :, : SIDE // 2 - 2] = 0.1
+    assert beside_fluid([far]) == 0
+    assert beside_fluid([far, near]) == 0.5

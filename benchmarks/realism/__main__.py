@@ -24,7 +24,7 @@ from synthlong.manifest import read_cases
 
 from .material import Fold, Patch, read_fold, real_lesions, synthetic_lesions
 from .page import page_of, quiz_of
-from .painting import PAINTERS, distances, measure_repainting, places, real_places, repainted_lesions
+from .painting import PAINTERS, beside_fluid, distances, measure_repainting, places, real_places, repainted_lesions
 from .removal import measure_removal
 from .twosample import CLASSIFIERS, telling_features, two_sample
 
@@ -73,6 +73,10 @@ def main() -> None:
     for name, patches in made.items():
         apart = distances(real, patches)
         say(f"{name:24s} {apart['contrast']:8.2f} {apart['edge']:6.2f} {apart['texture']:8.2f}")
+    crowded = [p for f in folds for c in f.cases for _, p in real_lesions(c, alone=False)]
+    compared = {"real that lie alone": real, "all real": crowded, "network": made["network"]}
+    shares = ", ".join(f"{name} {beside_fluid(patches):.2f}" for name, patches in compared.items())
+    say("\nShare of lesions that lie beside fluid: " + shares)
     if options.masks:
         lesions = real_places(sorted(options.masks.rglob("*MNI152*lesions_mask.nii.gz")))
         apart = _place_distances(lesions, places(tuple(c for f in folds for c in f.cases), 10 if options.quick else 40))

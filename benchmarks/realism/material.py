@@ -36,6 +36,7 @@ CONFIG = SynthesisConfig(
     shrinking_mean=0,
     stable_mean=0,
     orientations="none",
+    artifacts="none",  # the real lesions are seen without
 )
 
 
@@ -89,13 +90,14 @@ def read_fold(weights: Path | None, cases: list[Case]) -> Fold:
     )
 
 
-def real_lesions(case: Case) -> Iterator[tuple[int, Patch]]:
-    """Yield the number and the patch of each lesion that lies alone, as synthetic ones do, and may change."""
+def real_lesions(case: Case, *, alone: bool = True) -> Iterator[tuple[int, Patch]]:
+    """Yield the number and the patch of each lesion that may change and lies alone, as synthetic ones do, or of all."""
     lesions = lesions_of(case, LIMIT_MM3)
     for number in np.flatnonzero(lesions.mutable) + 1:
         patch, labels = _around(case, case.flair, lesions, int(number))
         own = labels == number
-        if own.sum() == lesions.volumes_mm3[number - 1] and not (grown(own, ALONE) & (labels > 0) & ~own).any():
+        crowded = alone and (grown(own, ALONE) & (labels > 0) & ~own).any()
+        if own.sum() == lesions.volumes_mm3[number - 1] and not crowded:
             yield int(number), patch
 
 

@@ -7,17 +7,26 @@ from numpy.typing import NDArray
 from scipy.stats import ks_2samp
 
 from synthlong.case import Case
-from synthlong.hole import soft_hole
+from synthlong.hole import FLUID, soft_hole
 from synthlong.lesions import find_lesions, read_bank
 from synthlong.placement import allowed_of, site_mask
 from synthlong.prior import read_mask
+from synthlong.profile import depth_in
 from synthlong.recipe import draw_recipe, rng_of
 from synthlong.synthesis import SynthesisConfig
 
 from .material import Fold, Patch, real_lesions, repainted
 from .measures import appearance
 
-__all__ = ["PAINTERS", "distances", "measure_repainting", "places", "real_places", "repainted_lesions"]
+__all__ = [
+    "PAINTERS",
+    "beside_fluid",
+    "distances",
+    "measure_repainting",
+    "places",
+    "real_places",
+    "repainted_lesions",
+]
 
 PAINTERS = ("network", "copypaste", "ellipsoid")
 
@@ -54,6 +63,15 @@ def distances(real: list[Patch], made: list[Patch]) -> dict[str, float]:
         ]
         found[name] = float((share * apart).sum() / share.sum())
     return found
+
+
+def beside_fluid(patches: list[Patch]) -> float:
+    """Return the share of lesions of which more than a twentieth of the voxels within 2 of the border are fluid."""
+    touching = []
+    for patch in patches:
+        depth = depth_in(patch.mask)
+        touching.append((patch.image[(depth < 0) & (depth > -2)] < FLUID).mean() > 0.05)
+    return float(np.mean(touching)) if touching else np.nan
 
 
 def places(cases: tuple[Case, ...], recipes: int) -> NDArray[np.float64]:
