@@ -17,7 +17,7 @@ check: .venv/.dev  ## what CI runs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
+	$(MAKE) test
 
 bench: .venv/.bench
 	$(BIN)/python benchmarks/generate.py

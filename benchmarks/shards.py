@@ -31,9 +31,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from synthlong.dataset.index import write_index
 from synthlong.dataset.plan import bundled_cases
+from synthlong.dataset.reader import IMAGES, VOLUMES
 from synthlong.dataset.run import generate
-from synthlong.dataset.shards import IMAGES, VOLUMES, Sample, ShardDataset, write_shard
+from synthlong.dataset.shards import ShardDataset
 from synthlong.dataset.verify import verify
+from synthlong.dataset.writer import Sample, write_shard
 from synthlong.errors import InputWarning
 
 try:

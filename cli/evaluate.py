@@ -25,10 +25,10 @@ def evaluate(
 
     Scores that are undefined for a patient (PPV if nothing is predicted) are left out of the mean and counted.
     """
-    from synthlong.dataset.writer import check_place
     from synthlong.detection.evaluation import evaluate as score
     from synthlong.detection.evaluation import write_scores
     from synthlong.errors import ConfigError, short
+    from synthlong.publishing import check_place
 
     from .progress import progress_bar
 

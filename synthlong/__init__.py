@@ -15,7 +15,7 @@ _HOME = {
     "read_case": "case",
     "read_cases": "manifest",
     "SynthesisConfig": "synthesis",
-    "LesionEvent": "recipe",
+    "LesionEvent": "event",
     "Recipe": "recipe",
     "draw_recipe": "recipe",
     "Pair": "pair",

@@ -91,10 +91,8 @@ def tissue_maps() -> tuple[Array, Array, Array]:
     return _probability(csf), _probability(gm), _probability(wm)
 
 
-def sample_map(
-    values: NDArray, affine: NDArray, shape: Sequence[int], target_affine: NDArray, *, order: int = 1
-) -> Array:
-    """Resample a map by affine on another grid; beyond its own grid it is 0.
+def sample_map(values: NDArray, affine: NDArray, shape: Sequence[int], target_affine: NDArray) -> Array:
+    """Resample a map by affine on another grid, linearly; beyond its own grid it is 0.
 
     Grids that differ by a shift of whole voxels are copied, without interpolation.
 
@@ -103,7 +101,6 @@ def sample_map(
         affine: Its voxel-to-world affine, `(4, 4)`.
         shape: Shape of the grid to sample on.
         target_affine: The affine of that grid; equal to `affine` (with an equal shape) changes nothing.
-        order: Spline order, 0 (nearest) to 5; 1 is linear.
 
     Returns:
         float32 array of that shape, the caller's own.
@@ -114,7 +111,7 @@ def sample_map(
     if np.allclose(matrix, np.eye(3), atol=1e-6) and np.allclose(offset, shift, atol=1e-4):
         return _shifted(values, shift.astype(int), tuple(shape))
     source = np.asarray(values, np.float32)
-    return ndimage.affine_transform(source, matrix, offset, tuple(shape), order=order, mode="grid-constant", cval=0.0)
+    return ndimage.affine_transform(source, matrix, offset, tuple(shape), order=1, mode="grid-constant", cval=0.0)
 
 
 def mirror(values: NDArray) -> NDArray:

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 import synthlong.artifacts as library
 from synthlong.artifacts.base import RandomArtifact, axial_axis, spacing_of
 from synthlong.case import MOST_NEGATIVE, background_of, mode_of
-from synthlong.dataset.writer import publish
 from synthlong.errors import ConfigError, InputError
 from synthlong.nifti import Volume, read_nifti, write_nifti
 from synthlong.pictures import Picture, gray_pixels, png_bytes, upright
+from synthlong.publishing import publish
 
 __all__ = ["ARTIFACTS", "augment", "contact_sheet", "setting_of"]
 

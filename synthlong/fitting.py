@@ -26,10 +26,10 @@ from synthlong import inpainting, painting
 from synthlong.atlas import lesion_prior, sample_map
 from synthlong.case import Case, patient_of
 from synthlong.dataset.lock import file_lock
-from synthlong.dataset.writer import make_place
 from synthlong.errors import ConfigError, InputError
 from synthlong.lesions import read_bank
 from synthlong.networks import UNet, UNetConfig, check_device, default_precision, infer
+from synthlong.publishing import make_place
 from synthlong.sampling import Sample
 from synthlong.signals import held_signals
 from synthlong.weights import checkpoint_of, finished, read_checkpoint, write_checkpoint, write_weights

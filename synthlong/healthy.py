@@ -16,8 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synthlong.case import Case
+from synthlong.environment import environment
 from synthlong.errors import InputError, InputWarning, short
 from synthlong.nifti import read_nifti, sidecar_of, write_nifti
+from synthlong.publishing import canonical_json, publish
 
 if TYPE_CHECKING:
     from synthlong.inpainting import Inpainter
@@ -33,8 +35,6 @@ def write_healthy(path: Path, case: Case, inpainter: Inpainter) -> None:
         case: As it is read from its files.
         inpainter: Fills the lesions.
     """
-    from synthlong.dataset.writer import canonical_json, publish
-
     healthy = inpainter.fill(case.flair, case.lesions)
     write_nifti(path, healthy, case.affine)
     record = {**_made_of(case, inpainter), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
@@ -42,7 +42,7 @@ def write_healthy(path: Path, case: Case, inpainter: Inpainter) -> None:
 
 
 def stored_healthy(case: Case, inpainter: Inpainter) -> NDArray[np.float32] | None:
-    """Return a case's stored healthy volume; None, with a warning, where it would come out different by now."""
+    """Return a case's stored healthy volume; None, with a warning, if filling again would give another result."""
     path = case.healthy_file
     if path is None:
         return None
@@ -63,7 +63,5 @@ def stored_healthy(case: Case, inpainter: Inpainter) -> NDArray[np.float32] | No
 
 
 def _made_of(case: Case, inpainter: Inpainter) -> dict[str, Any]:
-    from synthlong.dataset.plan import environment
-
     weights = {"inpainter": inpainter.sha256, "precision": inpainter.precision}
     return {"sources": case.sources, **weights, **environment(inpainter.device)}

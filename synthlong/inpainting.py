@@ -21,7 +21,8 @@ from synthlong.healthy import stored_healthy
 from synthlong.hole import FLUID, corrupt, first_guess, hole_in
 from synthlong.lesions import LesionBank
 from synthlong.networks import UNetConfig
-from synthlong.sampling import MOST_DRAWS, Sample, draw_orientation, draw_variation, vary
+from synthlong.orientation import draw_orientation
+from synthlong.sampling import MOST_DRAWS, Sample, draw_variation, vary
 from synthlong.texture import roughen, texture_of
 from synthlong.weights import TrainedNetwork
 
@@ -145,7 +146,7 @@ class HealthySampler:
             hole = weight > 0.5
             if hole.sum() < 20 or (target[hole] > self._bright[n]).mean() > 0.02:
                 continue  # no tissue there, or hyperintense tissue without a label
-            turn = draw_orientation(rng) if varied else (lambda a: a)
+            turn = draw_orientation(rng, "all" if varied else "none").apply
             target, weight, tissue = turn(target), turn(weight), turn(tissue)
             if varied:
                 target = vary(target, draw_variation(rng))

@@ -186,8 +186,8 @@ class LesionBank:
         volumes_mm3: int32 `(n,)`.
         bits: uint8, the packed boxes in C order, one after the other.
         ends: int64 `(n,)`, end of each in `bits`.
-        profiles: float32 `(m, 11)`, of the lesions of the scans at hand; see `profile`. For cases
-            that have too few lesions of their own.
+        profiles: float32 `(m, 11)`, see `profiles_in`: of lesions of the scans that the bank was built from, for cases
+            with too few lesions of their own.
     """
 
     extents: NDArray[np.int16]
@@ -280,7 +280,7 @@ def write_bank(bank: LesionBank, out: Path) -> None:
     Raises:
         OutputError: The place cannot be written to.
     """
-    from synthlong.dataset.writer import publish
+    from synthlong.publishing import publish
 
     file = io.BytesIO()
     np.savez_compressed(file, allow_pickle=False, **{name: getattr(bank, name) for name in _FIELDS})

@@ -18,8 +18,9 @@ from synthlong.hole import FLUID, corrupt, first_guess, hole_in
 from synthlong.inpainting import crop
 from synthlong.lesions import find_lesions
 from synthlong.networks import UNetConfig
+from synthlong.orientation import draw_orientation
 from synthlong.profile import LEVELS, Profile, contrast_of, profile_of, raised, soft_depth
-from synthlong.sampling import MOST_DRAWS, Sample, draw_orientation, draw_variation, vary
+from synthlong.sampling import MOST_DRAWS, Sample, draw_variation, vary
 from synthlong.texture import mottle, texture_of
 from synthlong.weights import TrainedNetwork
 
@@ -45,7 +46,7 @@ class LesionPainter(TrainedNetwork):
             mask: The lesion's voxels.
             seed: Seed of the noise.
             profile: The lesion's contrast by depth, and how uneven it is.
-            donor: Of no use here.
+            donor: Ignored; only `comparison.CopyPainter` uses one.
         """
         mask = np.asarray(mask) != 0
         weight = hole_in(x, mask)
@@ -94,7 +95,7 @@ class LesionSampler:
             centre = tuple(voxels[rng.integers(len(voxels))] + shift)
             target, _ = crop(self.cases[n].flair, centre, side)
             labels, _ = crop(self._lesions[n].labels, centre, side)
-            turn = draw_orientation(rng) if varied else (lambda a: a)
+            turn = draw_orientation(rng, "all" if varied else "none").apply
             target, labels = turn(target), turn(labels)
             mask = labels > 0
             weight, tissue = hole_in(target, mask), target >= FLUID

@@ -144,7 +144,6 @@ def draw_site(
     affine: NDArray[np.float64],
     *,
     volume_mm3: float,
-    smallest_mm3: float = SMALLEST_EVENT_MM3,
 ) -> tuple[Site, NDArray[np.bool_], tuple[slice, ...]] | None:
     """Draw a centre, then a shape for it; None if the centre's surroundings are taken already.
 
@@ -156,7 +155,6 @@ def draw_site(
         bank: Shapes.
         affine: Of the case's grid.
         volume_mm3: Wanted volume.
-        smallest_mm3: The lesion is larger than this.
 
     Returns:
         The site, its voxels within their bounding box, and that box.
@@ -179,7 +177,7 @@ def draw_site(
         site = Site(index, bool(side[index] < 0), (i, j, k))
         mask, box = site_mask(site, bank, allowed)
         kept = mask.sum() / float(bank.volumes_mm3[index])
-        fits = mask.sum() > smallest_mm3 and not (mask & taken[box]).any()
+        fits = mask.sum() > SMALLEST_EVENT_MM3 and not (mask & taken[box]).any()
         if fits and (best is None or kept > best[0]):
             best = (kept, site, mask, box)
         if best is not None and best[0] >= _KEPT_ENOUGH:

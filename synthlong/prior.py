@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from synthlong.atlas import MNI_SHAPE, Array, mirror, mni_affine, sample_map, tissue_maps
-from synthlong.dataset.writer import check_place
 from synthlong.errors import ConfigError, InputError, short
 from synthlong.mask import MOST_OUTSIDE, check_binary
 from synthlong.nifti import read_nifti, write_nifti
 from synthlong.progress import Progress
+from synthlong.publishing import check_place
 
 __all__ = [
     "FLOOR",

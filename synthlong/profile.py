@@ -68,19 +68,13 @@ class Profile(NamedTuple):
         return cls(tuple(numbers[: len(LEVELS)]), tuple(numbers[len(LEVELS) :]))
 
 
-def depth_in(mask: NDArray, *, reach: int | None = None) -> NDArray[np.float32]:
+def depth_in(mask: NDArray) -> NDArray[np.float32]:
     """Return each voxel's depth below the border of a mask, negative outside; beside a face it is half a voxel.
 
     Args:
         mask: Lesion voxels, neither none nor all.
-        reach: Depths beyond this many voxels outside the mask's box are all -`reach`, which is faster; None: exact.
     """
     mask = np.asarray(mask) != 0
-    if reach is not None:
-        box = grown_box(mask, reach)
-        depth = np.full(mask.shape, -reach, np.float32)
-        depth[box] = depth_in(mask[box])
-        return depth
     inner, outer = ndimage.distance_transform_edt(mask), ndimage.distance_transform_edt(~mask)
     return np.where(mask, inner - 0.5, 0.5 - outer).astype(np.float32)
 

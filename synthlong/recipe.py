@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -106,7 +106,7 @@ class Recipe:
     flow: tuple[tuple[int, float], tuple[int, float]] = ((0, 0.0), (0, 0.0))
     tones: tuple[Tone, Tone] = (AS_IT_IS, AS_IT_IS)
     offset_mm: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    version: int = field(default=VERSION)
+    version: int = VERSION
 
     @property
     def affine(self) -> NDArray[np.float64]:

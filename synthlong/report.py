@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from synthlong.atlas import lesion_prior
+from synthlong.dataset.index import Index
 from synthlong.dataset.plan import asset_hashes, read_plan
-from synthlong.dataset.shards import SCHEMA, Index, ShardDataset, publish
-from synthlong.dataset.writer import check_place
+from synthlong.dataset.reader import SCHEMA
+from synthlong.dataset.shards import ShardDataset
 from synthlong.errors import ConfigError
 from synthlong.event import LesionEvent
 from synthlong.pair import ENLARGED, NEW, SHRUNK, STABLE, VANISHED
@@ -37,6 +38,7 @@ from synthlong.pictures import (
     upright,
 )
 from synthlong.progress import Progress
+from synthlong.publishing import check_place, publish
 from synthlong.recipe import Recipe
 from synthlong.synthesis import SynthesisConfig
 
@@ -84,7 +86,6 @@ def write_report(
     page: Path,
     *,
     samples: int = 12,
-    title: str = "Synthetic pairs",
     progress: Progress | None = None,
 ) -> None:
     """Write one self-contained HTML page about a finished run.
@@ -96,7 +97,6 @@ def write_report(
         page: HTML file to write.
         samples: Pairs to show, 1 or more: about two thirds with new lesions in the box, spread evenly over
             the run, then other changes, then pairs without any.
-        title: Heading of the page.
         progress: Called as ("samples", done, total).
 
     Raises:
@@ -124,7 +124,7 @@ def write_report(
         pairs.append(_pair(*names[row], recipe, **{key: volume.numpy()[0] for key, volume in shown.items()}))
     plan = read_plan(out) if (out / "run.json").exists() else None
     body = [_head(index, plan, tally, codes), _legend(), *pairs, _volumes(tally), _placements(tally, plan)]
-    text = _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(body))
+    text = _PAGE.format(style=_STYLE, body="\n".join(body))
     publish(page, text.encode())
 
 
@@ -356,7 +356,7 @@ def _placements(tally: _Tally, plan: dict[str, Any] | None) -> str:
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title><style>{style}</style></head><body><main><h1>{title}</h1>
+<title>Synthetic pairs</title><style>{style}</style></head><body><main><h1>Synthetic pairs</h1>
 {body}
 </main></body></html>
 """

@@ -6,7 +6,6 @@ of each training patch are varied, the target along with the input.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,7 @@ from scipy import ndimage
 
 from synthlong.protocol import toned
 
-__all__ = ["MOST_DRAWS", "Sample", "Variation", "draw_orientation", "draw_variation", "vary"]
+__all__ = ["MOST_DRAWS", "Sample", "Variation", "draw_variation", "vary"]
 
 
 MOST_DRAWS = 2000
@@ -78,10 +77,3 @@ def vary(x: NDArray[np.float32], look: Variation) -> NDArray[np.float32]:
         white = np.random.default_rng(look.seed).standard_normal(x.shape, np.float32)
         y = np.where(brain, np.maximum(y + np.float32(look.noise_sd) * white, 0.01), 0)
     return y.astype(np.float32, copy=False)
-
-
-def draw_orientation(rng: np.random.Generator) -> Callable[[NDArray], NDArray]:
-    """Draw one of the 48 orthogonal orientations, as a function on cubes."""
-    order = tuple(int(a) for a in rng.permutation(3))
-    flips = tuple(slice(None, None, -1 if rng.random() < 0.5 else 1) for _ in range(3))
-    return lambda a: np.ascontiguousarray(a.transpose(order)[flips])

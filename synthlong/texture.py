@@ -126,9 +126,8 @@ def roughen(x: NDArray[np.float32], weight: NDArray, texture: Texture, *, seed: 
         texture: Of the image's tissue.
         seed: Seed of the noise.
     """
-    rest = x - _local_mean(
-        x, (x >= FLUID) | (weight > 0), _SMOOTH
-    )  # CSF and background do not count: a wall is no grain
+    tissue = (x >= FLUID) | (weight > 0)  # a ventricle's wall is no grain
+    rest = x - _local_mean(x, tissue, _SMOOTH)
     nearby, there = _grain_nearby(rest, _away(x, weight), texture), _grain_in_fill(rest, weight)
     lacking = np.sqrt(np.maximum(nearby - there, 0))
     return _added(x, weight, lacking * texture.noise(x.shape, seed))
@@ -139,8 +138,9 @@ def mottle(
 ) -> NDArray[np.float32]:
     """Return an image with a lesion's unevenness in its hole, as strong as is asked for at each voxel.
 
-    No more of it than the tissue has is grain, the rest is coarser (white noise under a Gaussian of at least 1.2
-    voxels). Both are skewed as a log-normal of SD 0.25: real lesions have more bright spots than dark ones.
+    Up to 1.3 times the tissue's own SD is grain as the tissue's; the rest is coarser (white noise under a Gaussian of
+    at least 1.2 voxels). Both are skewed as a log-normal whose logarithm has an SD of 0.4: real lesions have more
+    bright spots than dark ones.
 
     Args:
         x: Image with a smooth lesion, shape `(I, J, K)`.

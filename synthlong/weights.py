@@ -26,6 +26,7 @@ from synthlong.detection.networks import ConcatUNet, LongitudinalUNet, Segmentat
 from synthlong.differences import differences
 from synthlong.errors import InputError
 from synthlong.networks import UNet, UNetConfig, infer
+from synthlong.publishing import publish
 
 __all__ = [
     "TrainedNetwork",
@@ -95,8 +96,6 @@ def write_weights(path: Path, network: UNet, *, task: str, card: dict[str, Any])
         task: "inpainter" or "generator", or of a detector the class's `task`.
         card: Plain JSON: data, licence, command, curve, errors.
     """
-    from synthlong.dataset.shards import publish
-
     tensors = {name: t.detach().cpu().float().contiguous() for name, t in network.state_dict().items()}
     about: dict[str, Any] = {"format": _FORMATS[task], "task": task, "network": network.config.as_dict()}
     if isinstance(network, LongitudinalUNet):
@@ -117,8 +116,6 @@ def checkpoint_of(out: Path) -> Path:
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write the state of a training: all of it, or what was there before stays."""
-    from synthlong.dataset.writer import publish
-
     data = BytesIO()
     torch.save(state, data)
     publish(path, data.getvalue())

@@ -6,6 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from synthlong import networks
 from synthlong.atlas import ASSETS
 from synthlong.case import Case, read_case
 from synthlong.errors import InputWarning
@@ -20,6 +21,13 @@ def _write_volume(path, data, affine, *, sform=4, qform=4, descrip=""):
     image.header["descrip"] = descrip.encode()
     nib.save(image, path)
     return Path(path)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """One torch thread: results do not depend on the machine, and small tensors do not wait for threads."""
+    with networks.one_thread():
+        yield
 
 
 @pytest.fixture(scope="session")

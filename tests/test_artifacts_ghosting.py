@@ -7,11 +7,12 @@ import torchio as tio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchio.transforms.augmentation.intensity.random_ghosting import Ghosting
-from transforms import one_thread  # noqa: F401 - for every test here
 
 from synthlong.artifacts import ghosting, kspace
 from synthlong.artifacts.base import softened
 from synthlong.artifacts.ghosting import KSpaceGhosting, RandomKSpaceGhosting, kspace_ghosting
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("params", [{"ghosts": 0, "intensity": 0.7}, {"ghosts": 5, "intensity": 0}])

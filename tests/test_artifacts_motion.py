@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
-from transforms import one_thread  # noqa: F401 - for every test here
 
 from synthlong.artifacts import motion
 from synthlong.artifacts.base import softened
 from synthlong.artifacts.motion import KSpaceMotion, RandomKSpaceMotion, kspace_motion
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TWO = {
     "degrees": [[2.5, -3, 2], [-1, 4, 3]],

@@ -7,11 +7,12 @@ import torchio as tio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchio.transforms.augmentation.intensity.random_spike import Spike
-from transforms import one_thread  # noqa: F401 - for every test here
 
 from synthlong.artifacts import spike
 from synthlong.artifacts.base import softened
 from synthlong.artifacts.spike import KSpaceSpike, RandomKSpaceSpike, kspace_spike
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ONE = [[0.3, 0.4, 0.61]]
 THREE = [[0.3, 0.4, 0.61], [0.52, 0.5, 0.7], [0.3, 0.4, 0.61]]

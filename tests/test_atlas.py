@@ -220,16 +220,15 @@ def test_sample_map_against_a_slow_reference():
     assert np.allclose(got, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("order", [0, 1])
 @pytest.mark.parametrize("shift", [(0, 0, 0), (2, -3, 1), (-2, 1, -1), (40, 0, 0)])
-def test_a_shift_by_whole_voxels_equals_the_general_path(shift, order):
+def test_a_shift_by_whole_voxels_equals_the_general_path(shift):
     values, affine = oblique()
     target = affine.copy()
     target[:3, 3] += affine[:3, :3] @ shift
     general = target.copy()
     general[:3, :3] *= 1 + 1e-5  # off the fast path, by far less than a voxel
-    fast = sample_map(values, affine, (6, 8, 5), target, order=order)
-    assert np.allclose(fast, sample_map(values, affine, (6, 8, 5), general, order=order), atol=1e-3)
+    fast = sample_map(values, affine, (6, 8, 5), target)
+    assert np.allclose(fast, sample_map(values, affine, (6, 8, 5), general), atol=1e-3)
     inside = tuple(np.add(shift, 2))
     if all(0 <= i < n for i, n in zip(inside, values.shape, strict=True)):
         assert fast[2, 2, 2] == values[inside]

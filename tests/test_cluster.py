@@ -14,8 +14,8 @@ from running import bytes_of, made, started, wait_for
 from synthlong import SynthesisConfig
 from synthlong.dataset import cluster as module
 from synthlong.dataset.cluster import DaskPool
-from synthlong.dataset.plan import environment
 from synthlong.dataset.run import generate
+from synthlong.environment import environment
 from synthlong.errors import ConfigError, OutputError
 from synthlong.lesions import LesionBank
 

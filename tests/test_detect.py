@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from nibabel.affines import apply_affine
+from raw_pair import carried, grid_of, write_raw_pair
+from running import bytes_of
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from synthlong_cli.main import main
@@ -27,8 +29,6 @@ from synthlong.preparation.run import Outcome
 from synthlong.preparation.ways import way_text
 from synthlong.resampling import Native
 from synthlong.weights import write_weights
-from tests.raw_pair import carried, grid_of, write_raw_pair
-from tests.running import bytes_of
 
 SHAPE = (64, 60, 14)
 

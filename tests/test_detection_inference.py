@@ -11,17 +11,11 @@ from synthlong.detection.sliding import probability_map
 from synthlong.errors import ConfigError, InputError
 from synthlong.networks import UNetConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPE = (34, 29, 40)
 WINDOW, STRIDE = 16, 12
 KINDS = (ConcatUNet, SiameseUNet)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -15,21 +15,20 @@ from synthlong import fitting
 from synthlong.errors import ConfigError, InputError
 from synthlong.fitting import FitConfig, fit, fit_on_cases
 from synthlong.networks import UNetConfig
+from synthlong.orientation import draw_orientation
 from synthlong.painting import LesionSampler
-from synthlong.sampling import draw_orientation, draw_variation, vary
+from synthlong.sampling import draw_variation, vary
 from synthlong.weights import read_weights
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 NETWORK = UNetConfig(in_channels=3, out_channels=1, widths=(8, 16))
 CONFIG = FitConfig(steps=6, sides=(16,), voxels=2 * 16**3, report_every=2, precision="float32")
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def few_held_out(monkeypatch):
     monkeypatch.setattr(fitting, "_HELD_OUT_SAMPLES", 2)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -276,7 +275,7 @@ def test_variations_keep_the_background():
 
 def test_orientations_of_samples():
     x = np.arange(27).reshape(3, 3, 3)
-    seen = {draw_orientation(np.random.default_rng(n))(x).tobytes() for n in range(600)}
+    seen = {draw_orientation(np.random.default_rng(n), "all").apply(x).tobytes() for n in range(600)}
     assert len(seen) == 48
 
 

@@ -13,6 +13,8 @@ from synthlong.inpainting import HealthySampler, Inpainter, _fade, _windows, cro
 from synthlong.lesions import LesionBank, Shape
 from synthlong.networks import UNet, UNetConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = UNetConfig(in_channels=3, out_channels=1, widths=(8, 16))
 
 
@@ -27,14 +29,6 @@ def inpainter(*, trained=True):
 def bank():
     ball = np.linalg.norm(np.indices((5, 5, 5)) - 2, axis=0) <= 2
     return LesionBank.from_shapes([Shape(ball, (10, 0, 0)), Shape(ball[1:4], (-10, 5, 0))])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_fill_leaves_everything_else_bit_for_bit(small_case):

@@ -8,15 +8,9 @@ import torch
 
 from synthlong.networks import GroupNorm, UNet, UNetConfig, arithmetic, default_precision, infer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = UNetConfig(in_channels=3, out_channels=1, widths=(8, 16, 16))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def scrambled(config=CONFIG, seed=0):

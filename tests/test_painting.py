@@ -11,6 +11,8 @@ from synthlong.painting import LesionPainter, LesionSampler, raised_by_own
 from synthlong.profile import Profile, contrast_of, soft_depth
 from synthlong.weights import write_weights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROFILE = Profile((0.0, 0.1, 0.4, 0.5, 0.6), (0.05,) * 5)
 CONFIG = UNetConfig(in_channels=3, out_channels=1, widths=(8, 16))
 
@@ -20,14 +22,6 @@ def network():
     made = UNet(CONFIG).eval()
     torch.nn.init.normal_(made.head.weight, std=0.1)
     return made
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])

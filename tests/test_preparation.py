@@ -10,6 +10,8 @@ import warnings
 import nibabel as nib
 import numpy as np
 import pytest
+from raw_pair import RAW, carried, grid_of, write_raw_pair
+from running import bytes_of, work_here
 from scipy.spatial.transform import Rotation
 from synthlong_cli.main import main
 
@@ -35,8 +37,6 @@ from synthlong.preparation.registration import MNI, mni_brain
 from synthlong.preparation.visit import above_zero
 from synthlong.preparation.ways import read_way, way_text
 from synthlong.resampling import Grid, resample
-from tests.raw_pair import RAW, carried, grid_of, write_raw_pair
-from tests.running import bytes_of, work_here
 
 QUICK = PreparationConfig(recipe="schmidt", spacing_mm=2.0)
 
@@ -226,7 +226,7 @@ def test_what_is_replaced_leaves_nothing_behind(raw, tmp_path):
     assert (out / "sub-a_space-halfway_desc-lesions_mask.nii.gz").exists()
     manifest.write_text("subject,flair\na,a.nii.gz\n")
     (out / "prepared.csv.tmp-1-deadbeef").write_text("left by a kill")
-    with pytest.warns(InputWarning, match=r"out: 1 scans were made otherwise \(another mask\) and are made again"):
+    with pytest.warns(InputWarning, match=r"out: 1 scans were made differently \(another mask\) and are made again"):
         prepare(manifest, out, config=QUICK, workers=1)
     assert not (out / "sub-a_space-halfway_desc-lesions_mask.nii.gz").exists()
     assert not (out / "prepared.csv.tmp-1-deadbeef").exists()
@@ -307,7 +307,7 @@ def test_what_changed_is_prepared_again(raw, tmp_path):
     assert not out.exists()  # a dry run writes nothing
     prepare(manifest, out, config=QUICK, workers=1)
     assert todo() == []
-    with pytest.warns(InputWarning, match=r"1 scans were made otherwise \(spacing_mm: 2.0 -> 1.9\) and are made again"):
+    with pytest.warns(InputWarning, match=r"1 scans were made differently \(spacing_mm: 2.0 -> 1.9\)"):
         assert todo(PreparationConfig(recipe="schmidt", spacing_mm=1.9)) == ["a"]
     scan = read_nifti(tmp_path / "in" / "a.nii.gz")
     changed = scan.data.copy()

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from test_shards import JSONS, SIDE, TABLE, equal, flip_bit, make_sample, write_run
 
 from synthlong.dataset.reader import ShardReader
-from synthlong.dataset.shards import Sample, ShardDataset, encode_shard
+from synthlong.dataset.shards import ShardDataset
+from synthlong.dataset.writer import Sample, encode_shard
 from synthlong.errors import InputError, ShardCorruptError
 
 

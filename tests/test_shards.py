@@ -24,19 +24,13 @@ from torch.utils.data import DataLoader
 from synthlong.artifacts import RandomAcquisition, RandomGaussianNoise
 from synthlong.dataset import reader as reader_module
 from synthlong.dataset import shards as shards_module
+from synthlong.dataset.index import Index, write_index
 from synthlong.dataset.plan import make_plan, shard_config
 from synthlong.dataset.reader import IMAGES, MASKS
-from synthlong.dataset.shards import (
-    Index,
-    Sample,
-    ShardDataset,
-    canonical_json,
-    encode_shard,
-    publish,
-    write_index,
-    write_shard,
-)
+from synthlong.dataset.shards import ShardDataset
+from synthlong.dataset.writer import Sample, encode_shard, write_shard
 from synthlong.errors import ConfigError, InputError, InputWarning, OutputError, ShardCorruptError, SynthlongError
+from synthlong.publishing import canonical_json, publish
 from synthlong.synthesis import SynthesisConfig
 
 SIDE = 16

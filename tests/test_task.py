@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from running import work_here
 
 from synthlong.errors import InputWarning, OutputError
 from synthlong.preparation import PreparationConfig, Scan, prepare, run
 from synthlong.preparation.derivatives import file_name
 from synthlong.preparation.visit import Record
-from tests.running import work_here
 
 QUICK = PreparationConfig(recipe="schmidt", spacing_mm=2.0)
 

@@ -20,6 +20,8 @@ from synthlong.training.ohem import Ohem, OhemConfig, train_ohem
 from synthlong.training.patches import read_patches
 from synthlong.weights import read_weights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = {
     "candidates": 12,
     "batch": 4,
@@ -34,14 +36,6 @@ TINY = {
     "mining_precision": "float32",
 }
 CONFIG = OhemConfig(**TINY)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -44,15 +44,10 @@ TINY = {
 SIZE = UNetConfig(widths=(8, 16))
 CARD = {"licence": "CC0"}
 
-pytestmark = pytest.mark.filterwarnings("ignore::synthlong.errors.InputWarning")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::synthlong.errors.InputWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 @pytest.fixture(scope="module")

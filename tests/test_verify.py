@@ -18,9 +18,11 @@ from test_reader import flips
 from test_shards import flip_bit, unfinish, write_run
 from typer.testing import CliRunner, Result
 
-from synthlong.dataset.shards import ShardDataset, canonical_json, write_index
+from synthlong.dataset.index import write_index
+from synthlong.dataset.shards import ShardDataset
 from synthlong.dataset.verify import rebuild_index, verify
 from synthlong.errors import InputError
+from synthlong.publishing import canonical_json
 
 Fault = Callable[[Path], None]
 

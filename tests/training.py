@@ -3,8 +3,10 @@
 import nibabel as nib
 import numpy as np
 
+from synthlong.dataset.index import write_index
 from synthlong.dataset.plan import make_plan, shard_config
-from synthlong.dataset.shards import Sample, canonical_json, publish, write_index, write_shard
+from synthlong.dataset.writer import Sample, write_shard
+from synthlong.publishing import canonical_json, publish
 from synthlong.recipe import Box, Recipe
 from synthlong.synthesis import SynthesisConfig
 

@@ -3,7 +3,6 @@
 import json
 
 import numpy as np
-import pytest
 import torch
 import torchio as tio
 
@@ -12,13 +11,6 @@ from synthlong import artifacts, networks
 
 def rand(*shape, seed=0):
     return torch.from_numpy(np.random.default_rng(seed).random(shape, np.float32))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small Fourier transforms in many threads wait for each other on a busy machine."""
-    with networks.one_thread():
-        yield
 
 
 def with_threads(*counts, compute):

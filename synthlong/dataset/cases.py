@@ -136,7 +136,7 @@ def check_assets(config: SynthesisConfig, assets: dict[str, str]) -> None:
     """Raise unless prior, lesion bank and weights are those of a run.
 
     Raises:
-        InputError: One is another.
+        InputError: One of them differs.
     """
     for name, sha256 in asset_hashes(config).items():
         if sha256 != assets[name]:

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 
 from synthlong.dataset import pool
-from synthlong.dataset.plan import PROBE, environment
+from synthlong.dataset.plan import PROBE
 from synthlong.dataset.pool import Pool, call
+from synthlong.environment import environment
 from synthlong.errors import ConfigError, OutputError
 
 __all__ = ["DaskPool"]

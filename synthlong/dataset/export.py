@@ -17,12 +17,14 @@ from pathlib import Path
 import numpy as np
 
 from synthlong.case import BRAIN_MODE, patient_of
-from synthlong.dataset.shards import Index, ShardDataset, publish
+from synthlong.dataset.index import Index
+from synthlong.dataset.shards import ShardDataset
 from synthlong.errors import ConfigError, OutputError
 from synthlong.nifti import sidecar_of, write_nifti
 from synthlong.pair import ENLARGED, NEW, SHRUNK, STABLE, VANISHED, Pair
 from synthlong.preparation.derivatives import description
 from synthlong.progress import Progress
+from synthlong.publishing import publish
 from synthlong.recipe import Recipe
 
 __all__ = ["export_pairs", "write_pair"]

@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synthlong.dataset.reader import SCHEMA, VOLUMES, check_schema
-from synthlong.dataset.writer import canonical_json, publish, shard_name, shard_path
+from synthlong.dataset.writer import shard_name, shard_path
 from synthlong.errors import InputError, ShardCorruptError
+from synthlong.publishing import canonical_json, publish
 
 __all__ = ["SHARD", "Index", "found_files", "planned_shards", "read_sidecar", "recorded_samples", "write_index"]
 
@@ -86,7 +87,7 @@ class Index:
         Raises:
             InputError: There is no `run.json`, or a sidecar is damaged or another run's.
         """
-        from synthlong.dataset.plan import read_plan, shard_samples  # which imports this module
+        from synthlong.dataset.plan import read_plan, shard_samples  # slow to import: all of the synthesis
 
         plan = read_plan(out)
         patients = [case["patient"] for case in plan["cases"]][: plan["pairs"]]
@@ -210,7 +211,7 @@ def _numbers(names: Iterable[str]) -> list[int]:
 
 
 def _progress(out: Path) -> str:
-    from synthlong.dataset.plan import read_plan  # which imports this module
+    from synthlong.dataset.plan import read_plan  # slow to import: all of the synthesis
 
     done = len(_numbers(found_files(out, ".json")))
     try:

@@ -10,23 +10,19 @@ import hashlib
 import json
 import os
 import shutil
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 import synthlong
 from synthlong.atlas import prior_path
 from synthlong.dataset.lock import LOCK
-from synthlong.dataset.shards import canonical_json, publish
 from synthlong.differences import differences
+from synthlong.environment import environment
 from synthlong.errors import ConfigError, InputError, OutputError, short
 from synthlong.inpainting import Inpainter
 from synthlong.lesions import LesionBank
-from synthlong.networks import arithmetic
 from synthlong.painting import LesionPainter
+from synthlong.publishing import canonical_json, publish
 from synthlong.synthesis import SynthesisConfig
 
 __all__ = [
@@ -35,7 +31,6 @@ __all__ = [
     "bundled_cases",
     "check_folder",
     "check_space",
-    "environment",
     "is_leftover",
     "make_plan",
     "read_plan",
@@ -47,7 +42,6 @@ __all__ = [
 SCHEMA = "synthlong-run/1"
 PROBE = ".probe-"
 _BUNDLED = "bundled"
-_LIBRARIES = ("torch", "numpy", "scipy", "numba", "h5py", "hdf5plugin")
 _NOT_DECISIVE = ("run_id", "source")
 
 
@@ -90,20 +84,6 @@ def make_plan(
         **environment(config.device),
     }
     return {**plan, "run_id": _run_id(plan), "source": _relative(source, out)}
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Return what besides the plan decides the bytes: versions of what computes them, and the machine."""
-    cpu = torch.backends.cpu.get_cpu_capability()
-    return {
-        "versions": {"synthlong": synthlong.__version__, **_library_versions()},
-        "machine": {"cpu": cpu, "device": device, "arithmetic": arithmetic(device)},
-    }
-
-
-@cache
-def _library_versions() -> dict[str, str]:
-    return {name: version(name) for name in _LIBRARIES}
 
 
 def read_plan(out: Path) -> dict[str, Any]:

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from synthlong.case import Case
-from synthlong.dataset.shards import canonical_json
 from synthlong.dataset.store import open_case, stamp_of, store_case, stored_stamp
 from synthlong.errors import ConfigError, InputError, OutputError
 from synthlong.manifest import CaseFiles, find_cases
 from synthlong.progress import Progress
+from synthlong.publishing import canonical_json
 from synthlong.synthesis import SynthesisConfig
 
 __all__ = ["PreparedCases", "plain_hash"]
@@ -40,7 +40,8 @@ class PreparedCases:
         assets: Result of `asset_hashes`.
         heal: Gives a case its healthy volume.
         work: Where; default: a temporary folder, removed with this object.
-        begin: Which share of the cases to leave for last, 0 to 1: another for each process that shares the folder.
+        begin: Where in the list to start, 0 to 1; another place for each process that shares the folder, so that
+            they do not all begin with the same case.
         progress: Called as ("cases", done, total).
 
     Attributes:

@@ -11,9 +11,11 @@ import numpy as np
 
 import synthlong
 from synthlong.dataset.cases import check_assets, synthesis_of
-from synthlong.dataset.plan import environment, read_plan, source_of
-from synthlong.dataset.shards import IMAGES, VOLUMES, ShardDataset
+from synthlong.dataset.plan import read_plan, source_of
+from synthlong.dataset.reader import IMAGES, VOLUMES
+from synthlong.dataset.shards import ShardDataset
 from synthlong.dataset.writer import image_as_stored
+from synthlong.environment import environment
 from synthlong.errors import ConfigError, InputError, InputWarning, SynthlongError
 from synthlong.inpainting import heal
 from synthlong.manifest import find_cases

@@ -22,14 +22,13 @@ from typing import Any
 
 from synthlong.case import Case
 from synthlong.dataset.cases import Preparation, case_folder, check_assets, kept_synthesis, prepare_cases, synthesis_of
-from synthlong.dataset.index import Index, found_files, planned_shards, read_sidecar, recorded_samples
+from synthlong.dataset.index import Index, found_files, planned_shards, read_sidecar, recorded_samples, write_index
 from synthlong.dataset.lock import writer_lock
 from synthlong.dataset.plan import (
     adopt_plan,
     asset_hashes,
     check_folder,
     check_space,
-    environment,
     is_leftover,
     make_plan,
     read_plan,
@@ -37,24 +36,17 @@ from synthlong.dataset.plan import (
     shard_samples,
 )
 from synthlong.dataset.pool import LocalPool, Lost, Pool, count, stop_if_told
-from synthlong.dataset.reader import ShardReader
-from synthlong.dataset.shards import (
-    IMAGES,
-    Sample,
-    ShardDataset,
-    canonical_json,
-    publish,
-    shard_path,
-    write_index,
-    write_shard,
-)
+from synthlong.dataset.reader import IMAGES, ShardReader
+from synthlong.dataset.shards import ShardDataset
 from synthlong.dataset.store import open_case
-from synthlong.dataset.writer import image_as_stored
+from synthlong.dataset.writer import Sample, image_as_stored, shard_path, write_shard
+from synthlong.environment import environment
 from synthlong.errors import ConfigError, InputError, OutputError
 from synthlong.manifest import find_cases
 from synthlong.networks import settled
 from synthlong.pair import Pair, render
 from synthlong.progress import Progress
+from synthlong.publishing import canonical_json, publish
 from synthlong.recipe import draw_recipe, rng_of
 from synthlong.synthesis import SynthesisConfig
 

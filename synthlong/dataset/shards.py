@@ -1,8 +1,4 @@
-"""The shards of a run as a torch dataset.
-
-One shard file is written by `writer` and read by `reader`, `index` knows which shards there are; this module
-gives the names of all three that other rooms use.
-"""
+"""The shards of a run as a torch dataset: `index` knows which there are, `reader` reads one of them."""
 
 from __future__ import annotations
 
@@ -22,27 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, get_worker_info
 
-from synthlong.dataset.index import Index, found_files, write_index
-from synthlong.dataset.reader import IMAGES, MASKS, SCHEMA, VOLUMES, Layout, ShardReader
-from synthlong.dataset.writer import Sample, canonical_json, encode_shard, publish, shard_path, write_shard
+from synthlong.dataset.index import Index, found_files
+from synthlong.dataset.reader import IMAGES, VOLUMES, Layout, ShardReader
+from synthlong.dataset.writer import shard_path
 from synthlong.errors import ConfigError, InputError, InputWarning, ShardCorruptError
 
-__all__ = [
-    "IMAGES",
-    "MASKS",
-    "SCHEMA",
-    "VOLUMES",
-    "Index",
-    "Sample",
-    "ShardDataset",
-    "canonical_json",
-    "encode_shard",
-    "publish",
-    "shard_path",
-    "subjects_of",
-    "write_index",
-    "write_shard",
-]
+__all__ = ["ShardDataset", "seeded", "subjects_of", "tell_affine"]
 
 _MAX_OPEN = 16
 _CHECKS = ("always", "first", "off")

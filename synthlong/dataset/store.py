@@ -19,8 +19,8 @@ import numpy as np
 
 from synthlong.case import Case
 from synthlong.comparison import shapes_for
-from synthlong.dataset.plan import environment
 from synthlong.derived import bounds_of, histogram_of, lesions_of, placements_of, profiles_of
+from synthlong.environment import environment
 from synthlong.errors import OutputError
 from synthlong.lesions import LesionMap, read_bank
 from synthlong.placement import PlacementMap, allowed_of

@@ -23,7 +23,8 @@ from synthlong.case import Case
 from synthlong.dataset.cases import check_assets, synthesis_of
 from synthlong.dataset.plan import asset_hashes
 from synthlong.dataset.prepared import PreparedCases, plain_hash
-from synthlong.dataset.shards import IMAGES, VOLUMES, seeded, tell_affine
+from synthlong.dataset.reader import IMAGES, VOLUMES
+from synthlong.dataset.shards import seeded, tell_affine
 from synthlong.dataset.writer import image_as_stored
 from synthlong.errors import ConfigError
 from synthlong.inpainting import Inpainter, heal

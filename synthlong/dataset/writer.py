@@ -1,4 +1,4 @@
-"""One shard file in the making: samples to bytes, and bytes to a file that is whole or absent.
+"""One shard file in the making: samples to bytes.
 
 A shard is built in memory and published by rename: HDF5 itself never touches the disk.
 `shards/NNNNN.json`, written after its shard, is the record that the shard is done.
@@ -6,18 +6,13 @@ A shard is built in memory and published by rename: HDF5 itself never touches th
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
-import json
 import os
-import secrets
-import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import crc32c
@@ -27,16 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synthlong.dataset.reader import IMAGES, MASKS, SCHEMA, VOLUMES
-from synthlong.errors import ConfigError, OutputError, SynthlongError
+from synthlong.errors import ConfigError, SynthlongError
+from synthlong.publishing import canonical_json, output_error, publish
 
 __all__ = [
     "Sample",
-    "canonical_json",
-    "check_place",
     "encode_shard",
     "image_as_stored",
-    "make_place",
-    "publish",
     "shard_name",
     "shard_path",
     "write_shard",
@@ -73,11 +65,6 @@ class Sample:
     lesions_followup: NDArray[Any]
     recipe: str
     subject: str
-
-
-def canonical_json(obj: object) -> str:
-    """Return the one JSON text that stands for `obj`: sorted keys, no spaces, a newline at the end."""
-    return json.dumps(obj, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n"
 
 
 def encode_shard(
@@ -145,54 +132,6 @@ def encode_shard(
     return data, {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "n": n, "samples": records}
 
 
-def make_place(path: Path) -> None:
-    """Make the folder of a file that is to be written; see `check_place`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    check_place(path)
-
-
-def check_place(path: Path) -> None:
-    """Raise an OutputError if a file cannot be written to `path`: before the work, not after."""
-    if path.is_dir():
-        raise OutputError(path, "is a folder", "choose the name of a file")
-    if not path.parent.is_dir():
-        raise OutputError(path, "its folder does not exist", "make the folder, or choose another one")
-    try:
-        with TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        problem = f"its folder cannot be written to ({error.strerror})"
-        raise OutputError(path, problem, "choose a folder you may write to") from error
-
-
-def publish(path: str | Path, data: bytes) -> None:
-    """Write `data` to `path` so that the name shows all of it or what it showed before.
-
-    Raises:
-        OutputError: The file cannot be written; nothing of it is left behind.
-    """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            try:
-                rest = memoryview(data)
-                while rest:
-                    rest = rest[os.write(descriptor, rest) :]
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            os.replace(temporary, path)
-        except BaseException:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise _output_error(path, error, len(data)) from error
-
-
 def write_shard(
     folder: str | Path,
     number: int,
@@ -215,7 +154,7 @@ def write_shard(
     try:
         shard.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _output_error(shard.parent, error, 0) from error
+        raise output_error(shard.parent, error, 0) from error
     publish(shard, data)
     publish(shard.with_suffix(".json"), canonical_json(sidecar).encode())
     return sidecar
@@ -313,27 +252,3 @@ def _sample_sha256(arrays: dict[str, NDArray[Any]], recipe: bytes) -> str:
         digest.update(arrays[name].data)
     digest.update(recipe)
     return digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems without it have nothing to sync
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _output_error(path: Path, error: OSError, size: int) -> OutputError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        try:
-            free = f"{shutil.disk_usage(path.parent).free / 1e6:.1f} MB"
-        except OSError:
-            free = "an unknown amount"
-        problem = f"no space left ({error.strerror}): needs {size / 1e6:.1f} MB, {free} free"
-        return OutputError(path, problem, "free some space or a quota, then run the same command again")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return OutputError(path, f"cannot be written ({error.strerror})", "choose a folder you may write to")
-    return OutputError(path, f"cannot be written ({error.strerror})", "check the disk, then run it again")

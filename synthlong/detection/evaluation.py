@@ -21,12 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import wilcoxon
 
-from synthlong.dataset.writer import publish
 from synthlong.detection.scores import KEYS, LesionScores, lesion_scores
 from synthlong.errors import InputError, InputWarning, short
 from synthlong.mask import check_binary, read_beside
 from synthlong.nifti import Volume, read_nifti
 from synthlong.progress import Progress
+from synthlong.publishing import publish
 
 __all__ = [
     "WITHOUT_NEW",

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 import synthlong
-from synthlong.dataset.writer import check_place, publish
 from synthlong.detection.inference import Detection
 from synthlong.detection.sheet import sheet_of
 from synthlong.detection.visits import Visits
 from synthlong.errors import ConfigError, InputWarning, short
 from synthlong.nifti import sidecar_of, write_nifti
 from synthlong.pictures import png_bytes
+from synthlong.publishing import check_place, publish
 from synthlong.resampling import carry_labels, resample
 
 __all__ = ["Finding", "Findings", "check_places", "findings_of", "write_findings"]
@@ -60,7 +60,7 @@ class Findings:
 
     Args:
         mask: uint8, 1 in a new lesion.
-        lesions: By number; each voxel of the mask is one's, and one's only.
+        lesions: By number; each voxel of the mask belongs to exactly one.
     """
 
     mask: NDArray[np.uint8]

@@ -30,7 +30,7 @@ _Window = tuple[slice, ...]
 
 
 def check_alike(networks: Sequence[LongitudinalUNet]) -> type[LongitudinalUNet]:
-    """Return the kind of these networks, which is one, or raise a ConfigError."""
+    """Return the class of these networks, or raise a ConfigError if they are of several."""
     kinds = {type(network) for network in networks}
     if len(kinds) != 1:
         raise ConfigError(f"networks = {sorted(kind.__name__ for kind in kinds)}: pass one or several of one kind")

@@ -23,7 +23,6 @@ from synthlong.dataset.lock import writer_lock
 from synthlong.dataset.plan import is_leftover
 from synthlong.dataset.pool import LocalPool, Lost, Stopped, count, stop_if_told
 from synthlong.dataset.run import processors
-from synthlong.dataset.writer import canonical_json, publish
 from synthlong.errors import ConfigError, InputError, InputWarning, OutputError, SynthlongError, short
 from synthlong.inpainting import Inpainter
 from synthlong.networks import one_thread, settled
@@ -37,6 +36,7 @@ from synthlong.preparation.tables import Records, read_records, write_tables
 from synthlong.preparation.task import Task, planned_of, record_of
 from synthlong.preparation.tools import load_ants, load_hd_bet
 from synthlong.progress import Progress
+from synthlong.publishing import canonical_json, publish
 
 __all__ = ["Outcome", "prepare"]
 
@@ -296,7 +296,7 @@ def _files_of(folder: Path, scan: Scan, space: str) -> list[Path]:
 
 
 def _move(task: Task, folder: Path) -> None:
-    """Replace what was made of a subject; a FLAIR goes first and comes last, so that no half of a case is used.
+    """Replace a subject's files; its FLAIRs are removed first and written last, so that no half-written case is found.
 
     Records come before what they list: whatever ends this, they tell its files from a person's.
     """

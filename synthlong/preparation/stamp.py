@@ -1,4 +1,4 @@
-"""What the prepared files of a subject depend on, as their record keeps it, and what of that is otherwise now.
+"""What the prepared files of a subject depend on, as recorded beside them, and which of it has changed since.
 
 Files, options and weights that the recipe uses decide; and which form of a header is preferred, where its two disagree.
 The versions of the tools are recorded only: another one is no reason to make a cohort again.
@@ -50,7 +50,7 @@ def stamp_of(scans: Sequence[Scan], config: PreparationConfig, prefer: str | Non
 
 
 def changes(old: Stamp, now: Stamp, config: PreparationConfig) -> list[str]:
-    """Return what decides and is otherwise now, in words: what `config` and `prefer` leave open is as it was.
+    """Return in words which of what decides has changed; what `config` and `prefer` leave open has not.
 
     Args:
         old: As recorded, of any version.

@@ -13,10 +13,10 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from synthlong.dataset.writer import publish
 from synthlong.errors import InputError, InputWarning
 from synthlong.preparation.derivatives import file_name, read_record
 from synthlong.preparation.scans import Scan, scan_id
+from synthlong.publishing import publish
 
 __all__ = ["KEYS", "Records", "read_records", "write_tables"]
 

@@ -82,7 +82,7 @@ def planned_of(tasks: Sequence[Task]) -> tuple[list[Task], list[Task], list[Task
             todo.append(task)
             again += [(scan.id, text) for scan in task.scans for text in (made.changes if made else ())]
     warn_of_twins({name: sha256 for name, sha256 in flairs.items() if sha256})
-    _say(tasks, again, "otherwise", "are made again")
+    _say(tasks, again, "differently", "are made again")
     _say(tasks, others, "by other versions", "are kept; delete them to have them made again")
     if kept:
         text = f"changed since prepared, and kept: {some(kept)}; delete what is to be made again"

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from synthlong.dataset.writer import make_place
 from synthlong.detection.networks import WIDEST_WINDOW, ConcatUNet, sees
 from synthlong.errors import ConfigError
 from synthlong.networks import UNetConfig, check_device
+from synthlong.publishing import make_place
 from synthlong.training.ahead import Ahead
 from synthlong.training.loop import LAYOUTS, Training, fit, seeded_weights
 from synthlong.training.losses import LOSSES, errors_of, predicted

@@ -19,10 +19,10 @@ from typing import Any
 from torch import Tensor
 
 from synthlong.dataset.plan import read_plan
-from synthlong.dataset.writer import make_place
 from synthlong.detection.networks import SegmentationUNet, SiameseUNet
 from synthlong.errors import ConfigError
 from synthlong.networks import UNet, check_device, settled
+from synthlong.publishing import make_place
 from synthlong.synthesis import SynthesisConfig
 from synthlong.training.loop import Training, fit, seeded_weights
 from synthlong.training.patches import Drawn, check_folds
