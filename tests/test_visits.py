@@ -50,6 +50,11 @@ def test_visits_on_two_grids_are_no_pair(pair, write_volume):
         read_pair(*pair)
 
 
+def test_one_file_is_no_pair(pair):
+    with pytest.raises(InputError, match=r"baseline\.nii: is the baseline itself; pass the later visit"):
+        read_pair(pair[0], pair[0], pair[2])
+
+
 def test_only_what_is_brain_in_both_visits_stays(pair):
     before, after = read_pair(*pair)
     half = np.zeros_like(after.brain)

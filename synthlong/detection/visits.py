@@ -107,8 +107,7 @@ def read_visits(
     if config.recipe != "kamraoui":
         raise ConfigError(f"recipe = {config.recipe!a}: networks look for lesions in MNI space; use kamraoui")
     files = read_nifti(baseline, prefer=prefer), read_nifti(followup, prefer=prefer)
-    if files[0].sha256 == files[1].sha256:
-        raise InputError(files[1].path, "is the baseline itself", "pass the later visit")
+    _check_two(files[0].sha256, files[1].sha256, files[1].path)
     brains = baseline_brain, followup_brain
     found = _as_they_are(files, brains, prefer)
     if not isinstance(found, str):
@@ -148,10 +147,11 @@ def read_pair(
         prefer: "sform" or "qform" where a file's two disagree.
 
     Raises:
-        InputError: See `read_case` and `read_lesions`; or the grids differ.
+        InputError: See `read_case` and `read_lesions`; or the grids differ, or both visits are one file.
     """
     # as without the truth
     before, after = (read_case(visit, subject=subject, prefer=prefer) for visit in (baseline, followup))
+    _check_two(before.sources["flair"], after.sources["flair"], followup)
     check_same_grid(before, after, path=followup)
     return before, replace(after, lesions=read_lesions(mask, followup, prefer=prefer))
 
@@ -172,6 +172,12 @@ def in_common_brain(baseline: Case, followup: Case) -> tuple[Case, Case]:
         for visit in (baseline, followup)
     )
     return first, last
+
+
+def _check_two(baseline: str, followup: str, path: Path) -> None:
+    """Raise an InputError, of the follow-up at `path`, if both visits have one SHA-256."""
+    if baseline == followup:
+        raise InputError(path, "is the baseline itself", "pass the later visit")
 
 
 def _as_they_are(files: tuple[Volume, Volume], brains: _Masks, prefer: str | None) -> tuple[Case, Case] | str:
