@@ -129,6 +129,23 @@ def test_a_patient_may_have_several_pairs(scans, tmp_path):
     assert all(len(d) == 5 for d in twice.draw(rng, 5, 2))
 
 
+@pytest.mark.parametrize("share", [0.5, 1])
+def test_new_lesions_where_the_baseline_ends_do_not_vanish_unsaid(share, manifest, tmp_path):
+    source = write_scans(tmp_path, manifest)
+    scan = nib.load(manifest.parent / "cs07_FLAIR.nii.gz")
+    lesions = np.flatnonzero(nib.load(tmp_path / "a_new.nii.gz").get_fdata())
+    data = scan.get_fdata()
+    data.flat[lesions[: round(share * len(lesions))]] = 0
+    nib.save(nib.Nifti1Image(data.astype(np.float32), scan.affine), tmp_path / "cut.nii.gz")
+    header, row = source.read_text().splitlines()[:2]
+    source.write_text(f"{header}\na,cut.nii.gz,{row.split(',', 2)[2]}\n")
+    said = r"a_new.nii.gz: \d+ of \d+ lesion voxels lie outside the baseline's brain"
+    expected = pytest.raises(InputError, match=said) if share == 1 else pytest.warns(InputWarning, match=said)
+    with expected, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?!.*lie outside)", InputWarning)
+        read_patches(source, side=16, split=None, fold=0, folds=1)
+
+
 @pytest.mark.filterwarnings("ignore::synthlong.errors.InputWarning")
 def test_a_preferred_orientation_is_that_of_all_files(manifest, tmp_path):
     source = write_scans(tmp_path, manifest)

@@ -27,7 +27,7 @@ from synthlong.case import Case
 from synthlong.dataset.shards import ShardDataset, subjects_of
 from synthlong.detection.networks import ConcatUNet, LongitudinalUNet, SegmentationUNet
 from synthlong.detection.visits import in_common_brain, read_pair
-from synthlong.errors import ConfigError, InputError, InputWarning
+from synthlong.errors import ConfigError, InputError, InputWarning, short
 from synthlong.hole import grown_box
 from synthlong.inpainting import crop
 from synthlong.manifest import CaseFiles, find_cases, manifest_rows
@@ -104,7 +104,11 @@ def read_patches(
 
 
 def check_folds(manifest: Path, folds: Sequence[int], *, of: int, prefer: str | None = None) -> None:
-    """Raise an InputError if no patient held out in one of these folds has a new lesion: before the first training."""
+    """Raise an InputError if no patient held out in one of these folds has a new lesion: before the first training.
+
+    The masks are looked at as they are. One that is lost whole where the baseline ends is refused when it is read,
+    and every fold reads those of all patients.
+    """
     having: dict[str, bool] = {}
     for subject, _, paths in manifest_rows(manifest, needed=PAIR, optional=()):
         mask = read_nifti(paths["mask"], prefer=prefer, allow_empty=True)
@@ -276,7 +280,14 @@ def _read_pair(
     prefer: str | None,
 ) -> _Scans:
     """Read them as `detect` sees them."""
-    visits = in_common_brain(*read_pair(baseline, followup, mask, subject=subject, prefer=prefer))
+    whole = read_pair(baseline, followup, mask, subject=subject, prefer=prefer)
+    visits = in_common_brain(*whole)
+    before, after = (int(case.lesions.sum()) for case in (whole[1], visits[1]))
+    if after < before:
+        problem = f"{before - after} of {before} lesion voxels lie outside the baseline's brain"
+        if not after:
+            raise InputError(mask, problem, "leave this pair out, or pass a baseline that shows their place")
+        warnings.warn(f"{short(mask)}: {problem} and are left out", InputWarning, stacklevel=2)
     return _Scans.of(followup.name, seen, *visits)
 
 
