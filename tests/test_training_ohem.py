@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from running import asking_to_stop, started, stopped, wait_for
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
 from training import write_balls
 
@@ -180,10 +181,13 @@ def test_mining_in_bf16(run, tmp_path, precision):
     assert np.isfinite(train(run, tmp_path / "w.safetensors", config)["curve"][0]["loss"])
 
 
-def test_tensorboard(run, tmp_path):
-    config = replace(CONFIG, steps=2, report_every=2)
-    train_ohem(run, tmp_path / "w.safetensors", config=config, card={})
-    assert list((tmp_path / "w.tensorboard").glob("events.out.tfevents.*"))
+def test_tensorboard_has_every_point_of_the_curve(run, tmp_path):
+    config = replace(CONFIG, steps=5, report_every=2)
+    curve = train_ohem(run, tmp_path / "w.safetensors", config=config, card={})["curve"]
+    log = EventAccumulator(str(tmp_path / "w.tensorboard")).Reload()
+    for tag, name in (("loss", "loss"), ("validation_dice", "dice")):
+        points = [(event.step, event.value) for event in log.Scalars(tag)]
+        assert points == [(point["step"], pytest.approx(point[name])) for point in curve]
 
 
 class StopError(Exception):

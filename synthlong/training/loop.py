@@ -125,7 +125,7 @@ class Training(lightning.LightningModule):
             problem = f"the loss is not finite at step {self.global_step}"
             raise InputError(self.checkpoint, problem, "lower the learning rate")
         positive = truth.flatten(1).any(dim=1).float().mean()
-        self.log_dict({"loss": loss.detach(), "positive": positive, "rate": self._rate()})
+        self.log_dict({"step_loss": loss.detach(), "positive": positive, "rate": self._rate()})
         return loss
 
     def loss_on(self, *drawn: Tensor) -> Tensor:
@@ -181,7 +181,9 @@ class Training(lightning.LightningModule):
         point = {"step": done, "loss": round(loss, 6)}
         if held_out := self.validation():
             point["dice"] = round(self._dice(held_out), 6)
-            self.log("validation_dice", point["dice"])
+        if self.logger:  # at once: what `self.log` is given is written every 50 steps only
+            dice = {"validation_dice": point["dice"]} if held_out else {}
+            self.logger.log_metrics({"loss": point["loss"], **dice}, step=done)
         self.curve.append(point)
         self._losses = []
         if self.best_point is point:
