@@ -13,6 +13,7 @@ from synthlong.errors import ConfigError, InputError, InputWarning
 from synthlong.protocol import toned
 from synthlong.recipe import Recipe
 from synthlong.training.patches import check_folds, read_patches
+from synthlong.training.sides import source_sha256
 
 SPLIT = {"split": "train", "fold": 0, "folds": 2}
 
@@ -127,6 +128,18 @@ def test_a_patient_may_have_several_pairs(scans, tmp_path):
     assert len(twice._scans) == 3
     rng = np.random.default_rng(0)
     assert all(len(d) == 5 for d in twice.draw(rng, 5, 2))
+
+
+def test_a_patient_cannot_be_on_both_sides_unnoticed(scans):
+    header, row = scans.read_text().splitlines()[:2]
+    twice = scans.with_name("twice.csv")
+    twice.write_text("\n".join([header, row, row, f"A{row[1:]}"]) + "\n")
+    with pytest.raises(InputError, match=r"twice.csv: subject 'A' appears twice \(upper and lower case"):
+        read_patches(twice, side=16, split=None, fold=0, folds=1)
+    twice.write_text("\n".join([header, row, row, f"twin{row[1:]}"]) + "\n")
+    with pytest.warns(InputWarning, match="^a, twin: one scan under 2 ids") as said:
+        source_sha256(twice, pairs=True)
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize("share", [0.5, 1])

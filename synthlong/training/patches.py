@@ -30,7 +30,7 @@ from synthlong.detection.visits import in_common_brain, read_pair
 from synthlong.errors import ConfigError, InputError, InputWarning, short
 from synthlong.hole import grown_box
 from synthlong.inpainting import crop
-from synthlong.manifest import CaseFiles, find_cases, manifest_rows
+from synthlong.manifest import CaseFiles, check_ids, find_cases, manifest_rows
 from synthlong.nifti import read_nifti
 from synthlong.recipe import Recipe
 
@@ -257,10 +257,15 @@ def _visits(source: Path, prefer: str | None) -> dict[str, list[Callable[[], _Sc
 def _pairs(
     manifest: Path, seen: Callable[[NDArray[np.float32]], NDArray[np.float32]], prefer: str | None
 ) -> dict[str, list[Callable[[], _Scans]]]:
-    """Return what reads the pairs of each patient; a row is a pair, a patient with three visits has two."""
+    """Return what reads the pairs of each patient; a row is a pair, a patient with three visits has two.
+
+    Raises:
+        InputError: See `manifest_rows`; or ids differ in upper and lower case only.
+    """
     readers: dict[str, list[Callable[[], _Scans]]] = {}
     for subject, _, paths in manifest_rows(manifest, needed=PAIR, optional=()):
         readers.setdefault(subject, []).append(partial(_read_pair, seen, subject=subject, prefer=prefer, **paths))
+    check_ids(manifest, readers)
     return readers
 
 

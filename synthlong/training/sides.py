@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from synthlong.dataset.prepared import plain_hash
 from synthlong.detection.networks import ConcatUNet, SegmentationUNet
-from synthlong.manifest import find_cases, manifest_rows
+from synthlong.manifest import find_cases, manifest_rows, warn_of_twins
 from synthlong.training.patches import PAIR, Drawn, Network, Patches, read_patches
 from synthlong.training.training_config import TrainingConfig
 
@@ -55,6 +56,8 @@ def drawn_from(held_out: Patches | None, config: TrainingConfig, positive_share:
 def source_sha256(source: Path, *, pairs: bool) -> str:
     """Return the SHA-256 of a run's index; of a manifest or folder of cases, a hash of all the files it lists.
 
+    Warns of a follow-up that several patients have: they may be on both sides.
+
     Args:
         source: Where the data are.
         pairs: A manifest lists pairs of visits, not cases.
@@ -64,7 +67,12 @@ def source_sha256(source: Path, *, pairs: bool) -> str:
     if not pairs:
         return plain_hash({files.subject: files.hashes() for files in find_cases(source)})
     rows = manifest_rows(source, needed=PAIR, optional=())
-    return plain_hash([[subject, *(_file_sha256(paths[role]) for role in PAIR)] for subject, _, paths in rows])
+    hashes = [[subject, *(_file_sha256(paths[role]) for role in PAIR)] for subject, _, paths in rows]
+    followups = dict.fromkeys((subject, followup) for subject, _, followup, _ in hashes)
+    for (one, scan), (other, same) in combinations(followups, 2):
+        if scan == same:
+            warn_of_twins({one: scan, other: same})
+    return plain_hash(hashes)
 
 
 def _file_sha256(path: Path) -> str:
