@@ -33,8 +33,8 @@ def evaluate(
     from .progress import progress_bar
 
     folders = {"prediction": prediction} | ({"against": against} if against else {})
-    if out.resolve() in [path.resolve() for path in (truth, *folders.values())]:
-        raise ConfigError(f"-o {short(out)}: would overwrite a mask that is scored; choose another name")
+    if out.suffix.lower() != ".csv":  # nor is it one of the masks, then
+        raise ConfigError(f"-o {short(out)}: scores are named *.csv")
     check_place(out)
     with progress_bar() as show:
         methods = {

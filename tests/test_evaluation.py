@@ -264,8 +264,8 @@ def test_verb_compares_two_methods(cohort, tmp_path, capsys):
         ("truth", "nowhere", "s.csv", 1, "nowhere: is not a folder"),
         ("truth/p1.nii.gz", "truth/p9.nii.gz", "s.csv", 1, "truth/p9.nii.gz: does not exist; check the path"),
         ("truth", "prediction", "no/s.csv", 3, "no/s.csv: its folder does not exist"),
-        ("truth", "prediction", "truth", 2, "-o truth: would overwrite a mask"),
-        ("truth/p1.nii.gz", "prediction/p1.nii.gz", "prediction/p1.nii.gz", 2, "would overwrite a mask"),
+        ("truth", "prediction", "truth", 2, "-o truth: scores are named *.csv"),
+        ("truth", "prediction", "prediction/p1.nii.gz", 2, "-o prediction/p1.nii.gz: scores are named *.csv"),
     ],
 )
 def test_errors_of_the_verb_are_one_line(cohort, tmp_path, monkeypatch, capsys, truth, prediction, out, code, said):
