@@ -183,7 +183,7 @@ def differing(made: dict[str, Any], settings: dict[str, Any]) -> str:
     return "; ".join(found[:_MOST_SAID] + [f"and {len(found) - _MOST_SAID} more"] * (len(found) > _MOST_SAID))
 
 
-def read_weights(path: Path, *, task: str | tuple[str, ...], shipped: bool = True) -> tuple[UNet, str]:
+def read_weights(path: str | Path, *, task: str | tuple[str, ...], shipped: bool = True) -> tuple[UNet, str]:
     """Read a network; strict about keys, shapes, dtype, finite values and, beside a card, its SHA-256.
 
     Args:
@@ -197,7 +197,7 @@ def read_weights(path: Path, *, task: str | tuple[str, ...], shipped: bool = Tru
     Raises:
         InputError: Missing, damaged, of another task, or not what its card describes.
     """
-    tasks = (task,) if isinstance(task, str) else task
+    path, tasks = Path(path), (task,) if isinstance(task, str) else task
     way = f"train them with `synthlong {_FITTED_BY[tasks[0]]}`"
     if shipped:
         way += ", or leave the option out for the shipped ones"

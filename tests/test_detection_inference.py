@@ -304,6 +304,12 @@ def test_visits_that_cannot_be_compared_are_refused(cases, networks):
         detect(baseline, elsewhere, [networks[ConcatUNet]])
 
 
+def test_one_network_needs_no_list(cases, networks):
+    options = {"mirrored": False, "precision": "float32"}
+    alone, listed = (detect(*cases, given, **options) for given in (networks[ConcatUNet], [networks[ConcatUNet]]))
+    assert np.array_equal(alone.probability, listed.probability)
+
+
 @pytest.mark.parametrize("wrong", [{"threshold": 1.0}, {"threshold": -0.1}, {"min_volume_mm3": -1}])
 def test_impossible_limits_are_refused(wrong, cases, networks):
     with pytest.raises(ConfigError, match=next(iter(wrong))):

@@ -137,7 +137,8 @@ def test_detectors_are_of_one_kind(tmp_path):
     for kind, path in paths.items():
         write_weights(path, small(kind), task=kind.task, card={})
     siamese, concat = paths[SiameseUNet], paths[ConcatUNet]
-    assert [type(n) for n in read_detectors([concat])] == [ConcatUNet]
+    for given in ([concat], [str(concat)], concat, str(concat)):
+        assert [type(n) for n in read_detectors(given)] == [ConcatUNet]
     assert [type(n) for n in read_detectors([siamese, siamese])] == [SiameseUNet] * 2
     with pytest.raises(InputError, match="weights of the concat, beside those of the siamese"):
         read_detectors([siamese, concat])

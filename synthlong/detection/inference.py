@@ -80,7 +80,7 @@ class Detection:
 def detect(
     baseline: Case,
     followup: Case,
-    networks: Sequence[LongitudinalUNet],
+    networks: LongitudinalUNet | Sequence[LongitudinalUNet],
     *,
     threshold: float = 0.5,
     min_volume_mm3: float = 3.0,
@@ -116,6 +116,7 @@ def detect(
     visits = in_common_brain(baseline, followup)
     brain = visits[0].brain
     box = ndimage.find_objects(brain)[0]
+    networks = [networks] if isinstance(networks, LongitudinalUNet) else networks
     normalised = check_alike(networks).normalised
     before, after = (normalised(visit.flair)[box] for visit in visits)
     probability = np.zeros(brain.shape, np.float32)
@@ -142,14 +143,17 @@ def check_limits(threshold: float, min_volume_mm3: float) -> None:
         raise ConfigError(f"min_volume_mm3 = {min_volume_mm3}: must be 0 or more")
 
 
-def read_detectors(paths: Sequence[Path] = ()) -> tuple[LongitudinalUNet, ...]:
+def read_detectors(paths: str | Path | Sequence[str | Path] = ()) -> tuple[LongitudinalUNet, ...]:
     """Read the weights of one network, or of an ensemble of one kind; without paths, of `shipped_detector`.
+
+    Args:
+        paths: One `.safetensors` file, or several.
 
     Raises:
         InputError: See `read_weights`; or the networks are of different kinds.
     """
     networks: list[LongitudinalUNet] = []
-    for path in paths or (shipped_detector(),):
+    for path in [paths] if isinstance(paths, str | Path) else paths or [shipped_detector()]:
         network, _ = read_weights(path, task=(ConcatUNet.task, SiameseUNet.task))
         assert isinstance(network, LongitudinalUNet)
         if networks and type(network) is not type(networks[0]):

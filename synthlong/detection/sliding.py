@@ -56,7 +56,7 @@ def window_of(networks: Sequence[LongitudinalUNet], window: int | None = None) -
 
 
 def probability_map(
-    networks: Sequence[LongitudinalUNet],
+    networks: LongitudinalUNet | Sequence[LongitudinalUNet],
     baseline: NDArray[np.float32],
     followup: NDArray[np.float32],
     brain: NDArray,
@@ -78,7 +78,7 @@ def probability_map(
 
     Args:
         networks: One network, or an ensemble of one kind.
-        baseline: `(I, J, K)`, in the intensities of `networks[0].normalised`.
+        baseline: `(I, J, K)`, in the intensities of the networks' `normalised`.
         followup: The same for the second visit.
         brain: Non-zero in the brain.
         window: Side in voxels, see `window_of`.
@@ -94,6 +94,7 @@ def probability_map(
     Raises:
         ConfigError: An option outside its range, or networks of different kinds.
     """
+    networks = [networks] if isinstance(networks, LongitudinalUNet) else networks
     check_alike(networks)
     window = window_of(networks, window)
     stride = max(window * 3 // 4, 1) if stride is None else stride
