@@ -95,6 +95,7 @@ def test_share_of_positive_patches():
         ({"devices": 3, "batch": 33}, "candidates = 128: must be a multiple of the 3 processes"),
         ({"devices": 32, "validation_patches": 31}, "validation_patches = 31: must be at least the 32 processes"),
         ({"device": "abacus"}, "device"),
+        ({"folds": 0}, "folds = 0: must be 1 or more"),
     ],
 )
 def test_options_outside_their_range(options, said):

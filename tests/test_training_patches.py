@@ -142,6 +142,24 @@ def test_a_patient_cannot_be_on_both_sides_unnoticed(scans):
     assert len(said) == 1
 
 
+@pytest.mark.filterwarnings("ignore::synthlong.errors.InputWarning")
+@pytest.mark.parametrize("folds", [1, 2])
+def test_where_nobody_has_anything_new_other_folds_are_no_way_out_of_one(folds, scans):
+    header, *_, nothing = scans.read_text().splitlines()
+    none = scans.with_name("none.csv")
+    none.write_text("\n".join([header, nothing, f"d{nothing[1:]}"]) + "\n")
+    way = "add patients with a new lesion" if folds == 1 else "choose another number of folds, or add patients"
+    with pytest.raises(InputError, match=f"none.csv: none of the patients learned from has a new lesion; {way}$"):
+        read_patches(none, side=16, split="train" if folds > 1 else None, fold=0, folds=folds)
+
+
+def test_one_patient_is_told_how_to_be_learned_from(scans):
+    alone = scans.with_name("alone.csv")
+    alone.write_text("\n".join(scans.read_text().splitlines()[:2]) + "\n")
+    with pytest.raises(ConfigError, match=r"^folds = 4: there is 1 patient; add patients, or .*--folds 1\)$"):
+        read_patches(alone, side=16, split="train", fold=0, folds=4)
+
+
 @pytest.mark.parametrize("share", [0.5, 1])
 def test_new_lesions_where_the_baseline_ends_do_not_vanish_unsaid(share, manifest, tmp_path):
     source = write_scans(tmp_path, manifest)

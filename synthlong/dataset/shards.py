@@ -219,8 +219,10 @@ def subjects_of(split: str | None, subjects: Sequence[str], *, fold: int, folds:
     if split not in ("train", "validation"):
         raise ConfigError(f"split must be 'train' or 'validation', not {split!r}")
     if not 2 <= folds <= len(subjects):
-        enough = f"use 2 to {len(subjects)}" if len(subjects) > 1 else "add patients, or use all of them"
-        raise ConfigError(f"folds = {folds}: there are {len(subjects)} patients; {enough}")
+        n = len(subjects)
+        there = "there is 1 patient" if n == 1 else f"there are {n} patients"
+        way = f"use 2 to {n}" if n > 1 else "add patients, or hold nobody out (split=None; in a training --folds 1)"
+        raise ConfigError(f"folds = {folds}: {there}; {way}")
     if not 0 <= fold < folds:
         raise ConfigError(f"fold must be from 0 to {folds - 1}, not {fold}")
     dealt = sorted(subjects, key=lambda subject: hashlib.sha256(subject.encode()).digest())

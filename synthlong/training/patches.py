@@ -206,7 +206,8 @@ class ScanPatches:
         self._positive = [scans for scans in self._scans if len(scans.voxels)]
         if not self._positive:
             which = f"held out in fold {fold}" if split == "validation" else "learned from"
-            raise InputError(source, f"none of the patients {which} has a {wanted}", _OTHER_FOLDS)
+            way = _OTHER_FOLDS if split else f"add patients with a {wanted}"
+            raise InputError(source, f"none of the patients {which} has a {wanted}", way)
 
     def reopened(self) -> Self:
         """Return the same patches: threads may share them."""

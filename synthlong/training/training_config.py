@@ -64,9 +64,9 @@ class TrainingConfig(Options):
         self.check(("prefer",), lambda v: v in (None, "sform", "qform"), "sform or qform")
         self.check(("learning_rate",), lambda v: 0 < v < math.inf, "above 0")
         self.check(("seed", "fold"), lambda v: v >= 0, "0 or more")
-        self.check(("fold",), lambda v: v < self.folds, f"below the number of folds ({self.folds})")
         counts = ("batch", "side", "steps", "devices", "nodes", "folds")
         self.check((*counts, "validation_patches", "report_every", "checkpoint_every"), lambda v: v >= 1, "1 or more")
+        self.check(("fold",), lambda v: v < self.folds, f"below the number of folds ({self.folds})")
         self.check(("batch",), lambda v: not v % self.ranks, f"a multiple of the {self.ranks} processes")
         self.check(("validation_patches",), lambda v: v >= self.ranks, f"at least the {self.ranks} processes")
 
