@@ -27,7 +27,7 @@ def fit(
     hold_out: str = typer.Option(None, help="Patient kept out of training, on whom the error is measured."),
     learning_rate: float = typer.Option(1e-4, help="Highest learning rate of Adam."),
     sides: str = typer.Option("64", help="Patch sides in voxels, e.g. 32,48: crops around the areas train faster."),
-    patches: int = typer.Option(16, help="Patches of 32 voxels a side in a batch; fewer larger ones."),
+    patches: int = typer.Option(16, min=1, help="Patches of 32 voxels a side in a batch; fewer larger ones."),
     seed: int = typer.Option(0, help="Seed of everything drawn."),
     threads: int = typer.Option(0, help="CPU threads; 0: all."),
     device: str = typer.Option("cpu", help="Torch device, e.g. cuda:0."),

@@ -78,8 +78,8 @@ class FitConfig:
     def __post_init__(self) -> None:
         if self.precision == "auto":
             object.__setattr__(self, "precision", default_precision(self.device))
-        if min(self.steps, self.report_every) < 1 or not self.learning_rate > 0 or self.seed < 0:
-            raise ConfigError("fit: steps and report_every must be >= 1, learning_rate > 0, seed >= 0")
+        if min(self.steps, self.report_every, self.voxels) < 1 or not 0 < self.learning_rate <= 1 or self.seed < 0:
+            raise ConfigError("fit: steps, report_every, voxels must be >= 1, learning_rate in (0, 1], seed >= 0")
         if not self.sides or any(side < 16 or side % 4 for side in self.sides):
             raise ConfigError(f"fit: sides {self.sides} must be multiples of 4 of at least 16 voxels")
         if self.precision not in ("bf16", "float32"):

@@ -58,9 +58,9 @@ class UNetConfig:
     widths: tuple[int, ...] = (16, 32, 64)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "widths", tuple(int(w) for w in self.widths))
         if not self.widths or any(w < 8 or w % 8 for w in self.widths):
             raise ValueError(f"widths must be multiples of 8, got {self.widths}")
+        object.__setattr__(self, "widths", tuple(int(w) for w in self.widths))
         if self.in_channels < 1 or self.out_channels < 1:
             raise ValueError("in_channels and out_channels must be at least 1")
 

@@ -34,7 +34,10 @@ def test_an_untrained_network_changes_nothing():
     assert not UNet(CONFIG)(torch.randn(1, 3, 8, 8, 8)).any()
 
 
-@pytest.mark.parametrize("wrong", [{"widths": (10, 16)}, {"widths": ()}, {"in_channels": 0}, {"out_channels": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"widths": (8.5, 16)}, {"widths": (10, 16)}, {"widths": ()}, {"in_channels": 0}, {"out_channels": 0}],
+)
 def test_impossible_sizes_are_refused(wrong):
     with pytest.raises(ValueError, match="must be"):
         UNetConfig(**wrong)

@@ -106,6 +106,7 @@ def test_cosine():
     [
         (SegmentConfig, {"side": 30}, "multiple of 4"),
         (SegmentConfig, {"widths": (10,)}, "multiples of 8"),
+        (SegmentConfig, {"widths": (8.9, 16.5)}, "multiples of 8"),
         (SegmentConfig, {"artifacts": "heavy"}, "artifacts"),
         (FinetuneConfig, {"orientations": "some"}, "orientations"),
         (FinetuneConfig, {"schedule": "linear"}, "schedule"),

@@ -70,7 +70,6 @@ class OhemConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "widths", tuple(int(width) for width in self.widths))
         self.settle("mining_precision")
         self.check(("ranking",), lambda v: v in LOSSES, f"one of {', '.join(LOSSES)}")
         self.check(("momentum",), lambda v: 0 <= v < 1, "from 0 to below 1")
@@ -80,6 +79,7 @@ class OhemConfig(TrainingConfig):
         dealt = f"a multiple of the {self.ranks} processes"
         self.check(("candidates",), lambda v: not self.mining or not v % self.ranks, dealt)
         try:
+            object.__setattr__(self, "widths", self.network.widths)
             self.check_side(self.network.multiple)
             wanted = f"a multiple of {self.network.multiple}, at most {WIDEST_WINDOW}"
             self.check(("window",), lambda v: sees(v, self.network), wanted)

@@ -85,9 +85,9 @@ class SegmentConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "widths", tuple(int(width) for width in self.widths))
         self.check_augmentation()
         try:
+            object.__setattr__(self, "widths", self.network.widths)
             self.check_side(self.network.multiple)
         except ValueError as error:
             raise ConfigError(str(error)) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from dataclasses import dataclass
 
@@ -62,7 +61,7 @@ class TrainingConfig(Options):
         self.settle("precision")
         self.check(("loss",), lambda v: v in LOSSES, f"one of {', '.join(LOSSES)}")
         self.check(("prefer",), lambda v: v in (None, "sform", "qform"), "sform or qform")
-        self.check(("learning_rate",), lambda v: 0 < v < math.inf, "above 0")
+        self.check(("learning_rate",), lambda v: 0 < v <= 1, "above 0, at most 1")
         self.check(("seed", "fold"), lambda v: v >= 0, "0 or more")
         counts = ("batch", "side", "steps", "devices", "nodes", "folds")
         self.check((*counts, "validation_patches", "report_every", "checkpoint_every"), lambda v: v >= 1, "1 or more")
