@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +29,7 @@ from synthlong.dataset.lock import file_lock
 from synthlong.errors import ConfigError, InputError
 from synthlong.lesions import read_bank
 from synthlong.networks import UNet, UNetConfig, check_device, default_precision, infer
+from synthlong.progress import StepProgress
 from synthlong.publishing import make_place
 from synthlong.sampling import Sample
 from synthlong.signals import held_signals
@@ -119,7 +120,7 @@ def fit(
     out: Path,
     card: dict[str, Any],
     about: dict[str, Any] | None = None,
-    progress: Callable[[int, int, float], None] | None = None,
+    progress: StepProgress | None = None,
 ) -> dict[str, Any]:
     """Train, write weights and card to `out`, return the card's figures.
 
@@ -203,7 +204,7 @@ def fit_on_cases(
     config: FitConfig,
     hold_out: str | None,
     card: dict[str, Any],
-    progress: Callable[[int, int, float], None] | None = None,
+    progress: StepProgress | None = None,
 ) -> dict[str, Any]:
     """Train the "inpainter" or the "generator" on cases; see `fit`.
 

@@ -15,7 +15,7 @@ import signal
 import time
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ import synthlong
 from synthlong.dataset.lock import file_lock
 from synthlong.errors import InputError
 from synthlong.networks import UNet
+from synthlong.progress import StepProgress
 from synthlong.signals import hold_signals
 from synthlong.training.losses import errors_of, predicted
 from synthlong.training.patches import Drawn
@@ -66,7 +67,7 @@ class Training(lightning.LightningModule):
         *,
         about: dict[str, Any],
         checkpoint: Path,
-        progress: Callable[[int, int, float], None] | None = None,
+        progress: StepProgress | None = None,
     ) -> None:
         super().__init__()
         self.config, self.about, self.checkpoint, self._progress = config, about, checkpoint, progress

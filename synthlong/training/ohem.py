@@ -13,7 +13,6 @@ Everything drawn at a step comes from (seed, step), and a checkpoint is taken af
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from torch import Tensor
 from synthlong.detection.networks import WIDEST_WINDOW, ConcatUNet, sees
 from synthlong.errors import ConfigError
 from synthlong.networks import UNetConfig, check_device
+from synthlong.progress import StepProgress
 from synthlong.publishing import make_place
 from synthlong.training.ahead import Ahead
 from synthlong.training.loop import LAYOUTS, Training, fit, seeded_weights
@@ -114,7 +114,7 @@ def train_ohem(
     card: dict[str, Any],
     readers: int = 2,
     tensorboard: bool = True,
-    progress: Callable[[int, int, float], None] | None = None,
+    progress: StepProgress | None = None,
 ) -> dict[str, Any]:
     """Train a `ConcatUNet`, write the weights with the best validation Dice and their card, return its figures.
 

@@ -11,7 +11,7 @@ Patch n of step t is drawn from (seed, t, n) alone, whatever the number of proce
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from synthlong.dataset.plan import read_plan
 from synthlong.detection.networks import SegmentationUNet, SiameseUNet
 from synthlong.errors import ConfigError
 from synthlong.networks import UNet, check_device, settled
+from synthlong.progress import StepProgress
 from synthlong.publishing import make_place
 from synthlong.synthesis import SynthesisConfig
 from synthlong.training.loop import Training, fit, seeded_weights
@@ -32,8 +33,6 @@ from synthlong.weights import checkpoint_of, read_weights
 
 __all__ = ["finetune", "pretrain", "segment"]
 
-Progress = Callable[[int, int, float], None]
-
 
 def segment(
     source: Path,
@@ -43,7 +42,7 @@ def segment(
     card: dict[str, Any],
     readers: int = 2,
     tensorboard: bool = True,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> dict[str, Any]:
     """Train a `SegmentationUNet` on single visits; write the best weights and their card, return its figures.
 
@@ -80,7 +79,7 @@ def pretrain(
     card: dict[str, Any],
     readers: int = 2,
     tensorboard: bool = True,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> dict[str, Any]:
     """Train a `SiameseUNet` on synthetic pairs; write the best weights and their card, return its figures.
 
@@ -137,7 +136,7 @@ def finetune(
     fold: int | None = None,
     readers: int = 2,
     tensorboard: bool = True,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> list[dict[str, Any]]:
     """Train a `SiameseUNet` further on real pairs, one for each fold; return the figures of each.
 
