@@ -28,8 +28,8 @@ class InputError(SynthlongError):
     """A file that cannot be used.
 
     Args:
-        path: The file, folder or manifest; or all that torch hands on of an error in a worker, a text with its
-            traceback, which becomes a note.
+        path: The file, folder or manifest. Where `problem` is None, a worker's traceback instead: torch rebuilds a
+            worker's exception from its text alone, so the fields are read back from its last line.
         problem: What is wrong with it, in a few words.
         way_out: What the user can do about it.
     """

@@ -13,7 +13,7 @@ does. Two such visits do not cut the cortex alike.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -152,7 +152,6 @@ class RandomAcquisition(RandomArtifact):
     """
 
     final = Acquisition
-    identity: ClassVar[dict[str, float]] = {}
 
     def __init__(
         self,
