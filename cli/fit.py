@@ -6,6 +6,7 @@ import shlex
 import subprocess
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -23,16 +24,20 @@ def fit(
     task: Task = typer.Argument(..., help="Which network to train."),
     cases: Path = typer.Argument(..., help="Manifest or folder of cases."),
     out: Path = typer.Option(..., "-o", "--out", help="Weights to write (.safetensors), with a card beside them."),
-    steps: int = typer.Option(2000, help="Optimiser steps."),
+    steps: int = typer.Option(None, help="Optimiser steps.  [default: 2000]"),
     hold_out: str = typer.Option(None, help="Patient kept out of training, on whom the error is measured."),
-    learning_rate: float = typer.Option(1e-4, help="Highest learning rate of Adam."),
-    sides: str = typer.Option("64", help="Patch sides in voxels, e.g. 32,48: crops around the areas train faster."),
-    patches: int = typer.Option(16, min=1, help="Patches of 32 voxels a side in a batch; fewer larger ones."),
-    seed: int = typer.Option(0, help="Seed of everything drawn."),
+    learning_rate: float = typer.Option(None, help="Highest learning rate of Adam.  [default: 1e-4]"),
+    sides: str = typer.Option(
+        None, help="Patch sides in voxels, e.g. 32,48: crops around the areas train faster.  [default: 64]"
+    ),
+    patches: int = typer.Option(
+        None, min=1, help="Patches of 32 voxels a side in a batch; fewer larger ones.  [default: 16]"
+    ),
+    seed: int = typer.Option(None, help="Seed of everything drawn.  [default: 0]"),
     threads: int = typer.Option(0, help="CPU threads; 0: all."),
-    device: str = typer.Option("cpu", help="Torch device, e.g. cuda:0."),
-    precision: str = typer.Option("auto", help="bf16, float32 or auto."),
-    loss: str = typer.Option("mse", help="mse, or charbonnier: linear for large errors."),
+    device: str = typer.Option(None, help="Torch device, e.g. cuda:0.  [default: cpu]"),
+    precision: str = typer.Option(None, help="bf16, float32 or auto.  [default: auto]"),
+    loss: str = typer.Option(None, help="mse, or charbonnier: linear for large errors.  [default: mse]"),
     licence: str = typer.Option("unknown", help="Licence of the data, for the card."),
     prefer: Prefer = typer.Option(None, help="Which of two disagreeing orientations to use."),
 ) -> None:
@@ -49,19 +54,14 @@ def fit(
 
     from .progress import progress_bar
 
+    given: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate, "seed": seed}
+    given |= {"precision": precision, "device": device, "loss": loss}
     try:
-        config = FitConfig(
-            steps=steps,
-            sides=tuple(int(s) for s in sides.split(",")),
-            voxels=patches * 32**3,
-            learning_rate=learning_rate,
-            seed=seed,
-            precision=precision,
-            device=device,
-            loss=loss,
-        )
+        given["sides"] = None if sides is None else tuple(int(side) for side in sides.split(","))
     except ValueError as error:
         raise ConfigError(f"--sides {sides}: give whole numbers such as 32,48") from error
+    given["voxels"] = None if patches is None else patches * 32**3
+    config = FitConfig(**{name: value for name, value in given.items() if value is not None})
     if out.suffix != ".safetensors":
         raise ConfigError(f"-o {out.name}: weights are named *.safetensors")
     files = find_cases(cases, prefer=prefer.value if prefer else None)
@@ -70,12 +70,13 @@ def fit(
     if threads:
         torch.set_num_threads(threads)
     words = ["synthlong", "fit", task.value, cases.name, "-o", out.name]
-    words += ["--steps", str(steps), "--learning-rate", str(learning_rate), "--sides", sides, "--seed", str(seed)]
-    words += ["--patches", str(patches)] if patches != 16 else []
-    words += ["--loss", loss] if loss != "mse" else []
+    words += ["--steps", str(config.steps), "--learning-rate", str(config.learning_rate)]
+    words += ["--sides", ",".join(map(str, config.sides)), "--seed", str(config.seed)]
+    words += ["--patches", str(patches)] if patches else []
+    words += ["--loss", loss] if loss else []
     words += ["--hold-out", hold_out] if hold_out else []
-    words += ["--device", device] if device != "cpu" else []
-    words += ["--precision", precision] if precision != "auto" else []
+    words += ["--device", device] if device else []
+    words += ["--precision", precision] if precision else []
     words += ["--prefer", prefer.value] if prefer else []
     card = {"command": shlex.join(words), "licence": licence, "version": synthlong.__version__, "commit": commit()}
     usable = []

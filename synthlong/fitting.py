@@ -67,7 +67,7 @@ class FitConfig:
     """
 
     steps: int = 2000
-    sides: tuple[int, ...] = (32, 48)
+    sides: tuple[int, ...] = (64,)
     voxels: int = 16 * 32**3
     learning_rate: float = 1e-4
     seed: int = 0

@@ -236,7 +236,9 @@ def test_a_bad_case_is_left_out(words, capsys):
     assert main([*arguments, "--hold-out", "sub-cs19", "--precision", "float32", "--device", "cpu:0"]) == 1
     assert [case.id for case in called["cases"]] == ["cs07", "cs19"]
     assert called["hold_out"] == "cs19"
-    assert called["card"]["command"].endswith("--hold-out cs19 --device cpu:0 --precision float32")
+    assert called["config"] == FitConfig(precision="float32", device="cpu:0")
+    said = "--steps 2000 --learning-rate 0.0001 --sides 64 --seed 0 --hold-out cs19 --device cpu:0 --precision float32"
+    assert called["card"]["command"].endswith(said)
     assert "left out: p3: " in capsys.readouterr().err
 
 
@@ -245,6 +247,7 @@ def test_a_bad_case_is_left_out(words, capsys):
     [
         (["--hold-out", "p9"], 2, "--hold-out p9: no such patient; there are cs07, cs19, p3"),
         (["--device", "cuda:99"], 2, "cuda:99"),
+        (["--patches", "0"], 2, "'--patches'"),
         (["-o", "/proc/none/w.safetensors"], 3, "proc/none"),
     ],
 )
