@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from base64 import b64encode
 from collections.abc import Iterator
 from html import escape
 from itertools import product
@@ -19,7 +18,7 @@ from synthlong.artifacts.base import RandomArtifact, axial_axis, spacing_of
 from synthlong.case import MOST_NEGATIVE, background_of, mode_of
 from synthlong.errors import ConfigError, InputError
 from synthlong.nifti import Volume, read_nifti, write_nifti
-from synthlong.pictures import Picture, gray_pixels, png_bytes, upright
+from synthlong.pictures import Picture, data_uri, gray_pixels, png_bytes, upright
 from synthlong.publishing import publish
 
 __all__ = ["ARTIFACTS", "augment", "contact_sheet", "setting_of"]
@@ -220,8 +219,7 @@ def _said(value: Any) -> str:
 
 def _page(name: str, shown: list[tuple[str, Picture]]) -> str:
     figures = "".join(
-        f'<figure><img src="data:image/png;base64,{b64encode(png_bytes(picture)).decode()}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>\n"
+        f'<figure><img src="{data_uri(picture)}"><figcaption>{escape(caption)}</figcaption></figure>\n'
         for caption, picture in shown
     )
     style = (

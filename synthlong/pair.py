@@ -27,6 +27,8 @@ from synthlong.frame import Frame, acquired, on_grid, widened
 from synthlong.hole import REACH, faded, soft_hole
 from synthlong.inpainting import crop
 from synthlong.lesions import LesionBank, LesionMap, core, read_bank
+from synthlong.networks import default_precision
+from synthlong.painting import LesionPainter
 from synthlong.placement import allowed_of, site_mask
 from synthlong.profile import Profile
 from synthlong.protocol import toned
@@ -287,7 +289,4 @@ def painter_of(name: str) -> Painter:
     """Return the painter of that name, the network with the shipped weights."""
     if name != "network":
         return CopyPainter() if name == "copypaste" else EllipsoidPainter()
-    from synthlong.networks import default_precision
-    from synthlong.painting import LesionPainter
-
     return LesionPainter.read(precision=default_precision())

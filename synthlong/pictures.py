@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import struct
 import zlib
 
@@ -17,9 +18,11 @@ __all__ = [
     "DIFFERENCE_TOP",
     "GRAY_TOP",
     "Picture",
+    "data_uri",
     "gray_pixels",
     "panels",
     "png_bytes",
+    "rgb",
     "upright",
 ]
 
@@ -51,6 +54,17 @@ def png_bytes(pixels: Picture) -> bytes:
     )
 
 
+def data_uri(pixels: Picture) -> str:
+    """Return pixels as the source of an image in HTML; see `png_bytes`."""
+    return "data:image/png;base64," + base64.b64encode(png_bytes(pixels)).decode()
+
+
+def rgb(code: int) -> tuple[int, int, int]:
+    """Return the colour of a kind of change as red, green and blue, 0 to 255."""
+    red, green, blue = bytes.fromhex(COLOURS[code][1:])
+    return red, green, blue
+
+
 def upright(plane: NDArray) -> NDArray:
     """Return a slice as rows and columns: its first axis to the right, its second one upwards."""
     return plane.swapaxes(0, 1)[::-1]
@@ -72,7 +86,7 @@ def _outlined(gray: Picture, evolution: Picture) -> Picture:
     for code in (STABLE, SHRUNK, ENLARGED, VANISHED, NEW):
         mask = evolution == code
         edge = ndimage.binary_dilation(mask, np.ones((3, 3), bool)) & ~ndimage.binary_erosion(mask, border_value=1)
-        colour[edge] = np.frombuffer(bytes.fromhex(COLOURS[code][1:]), np.uint8)
+        colour[edge] = rgb(code)
     return colour
 
 

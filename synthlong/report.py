@@ -5,7 +5,6 @@ Pictures are PNGs inside the page, plots inline SVG, no scripts. The same run gi
 
 from __future__ import annotations
 
-import base64
 from array import array
 from collections import Counter
 from collections.abc import Iterable
@@ -32,9 +31,9 @@ from synthlong.pictures import (
     DIFFERENCE_TOP,
     GRAY_TOP,
     Picture,
+    data_uri,
     gray_pixels,
     panels,
-    png_bytes,
     upright,
 )
 from synthlong.progress import Progress
@@ -179,14 +178,10 @@ def _changes(recipe: Recipe, evolution: Picture) -> list[tuple[int, str]]:
     return found
 
 
-def _data_uri(picture: Picture) -> str:
-    return "data:image/png;base64," + base64.b64encode(png_bytes(picture)).decode()
-
-
 def _figures(baseline: NDArray, followup: NDArray, evolution: Picture, *, alt: str) -> str:
     """Return the four pictures of one slice."""
     figures = [
-        f'<figure><img src="{_data_uri(picture)}" width="{picture.shape[1]}" height="{picture.shape[0]}" '
+        f'<figure><img src="{data_uri(picture)}" width="{picture.shape[1]}" height="{picture.shape[0]}" '
         f'alt="{name}, {alt}"><figcaption>{name}</figcaption></figure>'
         for name, picture in panels(baseline, followup, evolution).items()
     ]
@@ -335,7 +330,7 @@ def _placements(tally: _Tally, plan: dict[str, Any] | None) -> str:
         x, y = (a for a in range(3) if a != axis)
         width, height = frequency.shape[x], frequency.shape[y]
         shade = upright(np.sqrt(frequency.max(axis=axis) / frequency.max()))
-        drawn = f'<image href="{_data_uri(gray_pixels(shade * GRAY_TOP))}" width="{width}" height="{height}"/>'
+        drawn = f'<image href="{data_uri(gray_pixels(shade * GRAY_TOP))}" width="{width}" height="{height}"/>'
         for chosen, code in ((~new, VANISHED), (new, NEW)):
             at = "".join(f"M{v[x] + 0.5:g} {height - v[y] - 0.5:g}h0" for v in voxels[chosen & inside])
             drawn += f'<path class="dots" stroke="{COLOURS[code]}" d="{at}"/>'

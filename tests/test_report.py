@@ -19,10 +19,11 @@ from synthlong.dataset.writer import Sample, write_shard
 from synthlong.errors import ConfigError, InputError, OutputError
 from synthlong.event import LesionEvent
 from synthlong.orientation import Orientation
+from synthlong.pictures import data_uri
 from synthlong.placement import Site
 from synthlong.profile import Profile
 from synthlong.recipe import Box, Recipe
-from synthlong.report import _changes, _chosen, _data_uri, write_report
+from synthlong.report import _changes, _chosen, write_report
 from synthlong.synthesis import SynthesisConfig
 
 SIDE, START = 16, (60, 100, 80)
@@ -146,7 +147,7 @@ def decode_png(uri: str) -> np.ndarray:
 @pytest.mark.parametrize("shape", [(5, 7), (7, 5, 3), (1, 1)])
 def test_png_decodes_to_its_pixels(shape: tuple[int, ...]) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, shape).astype(np.uint8)
-    assert np.array_equal(decode_png(_data_uri(pixels)), pixels)
+    assert np.array_equal(decode_png(data_uri(pixels)), pixels)
 
 
 def test_page_is_whole_and_alone(page: Path) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-
 import numpy as np
 
-from synthlong.pictures import gray_pixels, png_bytes, upright
+from synthlong.pictures import data_uri, gray_pixels, upright
 
 from .material import SIDE, Patch
 
@@ -38,8 +36,7 @@ def quiz_of(real: list[Patch], made: list[Patch], count: int = 50, seed: int = 0
 def _image(patch: Patch) -> str:
     plane = upright(patch.image[:, :, SIDE // 2])
     pixels = np.kron(gray_pixels(plane), np.ones((_ZOOM, _ZOOM), np.uint8))
-    data = base64.b64encode(png_bytes(pixels)).decode()
-    return f'<img src="data:image/png;base64,{data}" title="{patch.patient} {patch.centre}">'
+    return f'<img src="{data_uri(pixels)}" title="{patch.patient} {patch.centre}">'
 
 
 def _html(title: str, parts: list[str]) -> str:

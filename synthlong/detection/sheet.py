@@ -9,7 +9,7 @@ from scipy import ndimage
 from synthlong.case import Case
 from synthlong.detection.inference import Detection
 from synthlong.pair import NEW
-from synthlong.pictures import COLOURS, Picture, gray_pixels, panels, upright
+from synthlong.pictures import Picture, gray_pixels, panels, rgb, upright
 
 __all__ = ["MOST_ROWS", "sheet_of"]
 
@@ -72,6 +72,6 @@ def _overview(plane: NDArray, centre: tuple[int, int]) -> Picture:
     inside[max(i - half, 0) : i + half, max(j - half, 0) : j + half] = True
     gray, frame = upright(plane[::every, ::every]), upright(inside[::every, ::every])
     pixels = np.repeat(gray_pixels(gray)[..., None], 3, axis=2)
-    pixels[frame & ~ndimage.binary_erosion(frame)] = np.frombuffer(bytes.fromhex(COLOURS[NEW][1:]), np.uint8)
+    pixels[frame & ~ndimage.binary_erosion(frame)] = rgb(NEW)
     spare = _HEIGHT - len(pixels)
     return np.pad(pixels, ((spare // 2, spare - spare // 2), (0, 0), (0, 0)))

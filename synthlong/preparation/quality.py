@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from synthlong.looks import BRAIN_ML
-from synthlong.pictures import Picture, gray_pixels, upright
+from synthlong.pair import NEW, VANISHED
+from synthlong.pictures import Picture, gray_pixels, rgb, upright
 from synthlong.preparation.registration import mni_brain, mni_scan
 from synthlong.resampling import Grid
 
@@ -27,7 +28,6 @@ __all__ = [
 ]
 
 _LEAST_OVERLAP, _LEAST_TEMPLATE, _LEAST_AGREEMENT, _LEAST_SNR = 0.9, 0.2, 0.8, 5.0
-_LESION, _OUTLINE = (255, 79, 79), (74, 163, 255)
 _ZOOM = 2
 
 
@@ -178,7 +178,7 @@ def _row(image: NDArray, lesions: NDArray, outlined: NDArray, place: NDArray) ->
     for axis in (2, 1, 0):
         plane, lesion, outline = (upright(np.take(a, place[axis], axis)) for a in (image, lesions, outlined))
         pixels = np.kron(np.repeat(gray_pixels(plane)[..., None], 3, axis=2), np.ones((_ZOOM, _ZOOM, 1), np.uint8))
-        for mask, colour in ((outline, _OUTLINE), (lesion, _LESION)):
+        for mask, colour in ((outline, rgb(VANISHED)), (lesion, rgb(NEW))):
             pixels[_edge(np.kron(mask != 0, np.ones((_ZOOM, _ZOOM), bool)))] = colour
         planes.append(pixels)
     height = _ZOOM * max(image.shape[1:])
