@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import json
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import crc32c
@@ -627,6 +629,17 @@ def test_draws_depend_on_seed_epoch_and_index_only(run: Path) -> None:
     part = ShardDataset(run, keys=["recipe"], transform=draw, seed=5, split="validation", folds=2)
     for k in range(len(part)):
         assert torch.equal(part[k], forward[int(part[k][3])])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda dataset: pickle.loads(pickle.dumps(dataset))])
+def test_workers_of_a_copy_see_its_epochs(run: Path, copied: Callable[[ShardDataset], ShardDataset]) -> None:
+    dataset = copied(ShardDataset(run, keys=["recipe"], seed=5))
+    dataset.transform = draw
+    options = {"num_workers": 1, "persistent_workers": True, "multiprocessing_context": "fork"}
+    loader = DataLoader(dataset, batch_size=None, sampler=[0, 1], **options)
+    first = list(loader)
+    dataset.set_epoch(1)
+    assert [torch.equal(a, b) for a, b in zip(loader, first, strict=True)] == [False, False]
 
 
 def test_without_a_seed_the_callers_generator_is_used(run: Path) -> None:

@@ -1,3 +1,4 @@
+import copy
 import gc
 import gzip
 import json
@@ -126,6 +127,17 @@ def test_a_plain_loader_repeats_an_epoch_until_told(stream):
         assert shown(loader) == shown(loader) == epochs[0]
         made.set_epoch(1)
         assert shown(loader) == epochs[1]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))])
+def test_workers_of_a_copy_see_its_epochs(stream, copied):
+    made = stream(pairs=2)
+    loader = made.loader()
+    wanted = [*shown(loader), *shown(loader)]
+    options = {"num_workers": 1, "persistent_workers": True, "multiprocessing_context": "fork"}
+    loader = copied(made).loader(**options)
+    loader.dataset.set_epoch(0)
+    assert [*shown(loader), *shown(loader)] == wanted
 
 
 @pytest.mark.parametrize(("method", "workers"), [("fork", 2), ("spawn", 1)])

@@ -95,8 +95,6 @@ class ShardDataset(Dataset[dict[str, Any]]):
         rows = of_split & np.repeat(there, index.shards["n"])
         self._bits = np.packbits(rows)  # a bit for each: a state that is pickled for every worker has to be small
         self._epoch = torch.zeros((), dtype=torch.int64)
-        if transform is not None and seed is not None:
-            self._epoch.share_memory_()  # persistent workers see `set_epoch` too
         self.__setstate__({})
 
     def __len__(self) -> int:
@@ -132,6 +130,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._epoch.share_memory_()  # persistent workers see `set_epoch` too; a copy's is not shared
         self._ends = self._shards["n"].cumsum()
         self._rows = np.unpackbits(self._bits).nonzero()[0]
         self._layouts: dict[int, Layout] = {}

@@ -136,6 +136,10 @@ class PairStream(IterableDataset[dict[str, Any]]):
             state["_rank"], state["_world_size"] = self._ranks()  # a spawned worker could not tell
         return state
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._pass.share_memory_()  # a copy's is not
+
     def loader(self, *, num_workers: int = 0, **options: Any) -> PairLoader:
         """Return a loader of this stream's batches; one at a time.
 
