@@ -45,7 +45,7 @@ def test_code_runs(page):
 
 @pytest.fixture(scope="module")
 def files(manifest, tmp_path_factory):
-    """A folder with what the pages read: scans, masks, and a run of four pairs."""
+    """A folder with what the pages read: scans, masks, and a run of four pairs under two names."""
     folder = tmp_path_factory.mktemp("docs")
     for path in (manifest, *manifest.parent.glob("cs*.nii.gz")):
         shutil.copy(path, folder)
@@ -57,6 +57,7 @@ def files(manifest, tmp_path_factory):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", InputWarning)
         generate(folder / "cases.csv", folder / "pairs", workers=1, pairs=4, seed=3)
+    (folder / "pairs-2").symlink_to("pairs")
     return folder
 
 

@@ -585,6 +585,19 @@ def test_folds_are_those_of_every_machine(run: Path) -> None:
     assert set(ShardDataset(run, split="validation", fold=1, folds=2).subjects) == {order[1], order[3]}
 
 
+def test_runs_dealt_among_the_same_subjects_agree_on_folds(run: Path, tmp_path: Path) -> None:
+    other = write_run(tmp_path, shards=1, size=2)  # of sub-0 and sub-1 alone
+    options = {"folds": 2, "subjects": ShardDataset(run).subjects}
+    for fold in range(2):
+        train = ShardDataset(run, split="train", fold=fold, **options)
+        validation = ShardDataset(other, split="validation", fold=fold, **options)
+        assert not set(train.subjects) & set(validation.subjects)
+        assert set(validation.subjects) <= {"sub-0", "sub-1"}
+        assert [f"sub-{json.loads(sample['recipe'])['pair']}" for sample in validation] == validation.subjects
+    with pytest.raises(ConfigError, match=r"subjects: 'sub-2' of .* is not among them"):
+        ShardDataset(run, subjects=ShardDataset(other).subjects)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

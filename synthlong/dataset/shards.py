@@ -8,7 +8,7 @@ import operator
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, get_worker_info
 from synthlong.dataset.index import Index, found_files
 from synthlong.dataset.reader import IMAGES, VOLUMES, Layout, ShardReader
 from synthlong.dataset.writer import shard_path
-from synthlong.errors import ConfigError, InputError, InputWarning, ShardCorruptError
+from synthlong.errors import ConfigError, InputError, InputWarning, ShardCorruptError, short
 
 __all__ = ["ShardDataset", "seeded", "subjects_of", "tell_affine"]
 
@@ -48,8 +48,11 @@ class ShardDataset(Dataset[dict[str, Any]]):
         split: "train" or "validation", by source subject; None gives all samples.
         fold: Which of the `folds` parts of the subjects is for validation.
         folds: Number of parts, from 2 to the number of subjects.
+        subjects: All subjects to deal into folds; default: the run's own, so folds of two runs are not the same
+            patients. Give the subjects of all runs that are used together to each of them.
         check: "always": a shard's SHA-256 when a process first reads it, and a crc32c at every read;
-            "first": the SHA-256 only; "off": no more than the shards' sizes.
+            "first": the SHA-256 only; "off": no more than the shards' sizes. A DataLoader's workers are new processes
+            in each epoch: use `persistent_workers=True`, or run `synthlong verify` once and choose "off".
         allow_missing: Go on without shards that are missing, and log how many samples are left.
         partial: Read a run that is not complete: the shards that are finished now.
 
@@ -69,6 +72,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
         split: str | None = None,
         fold: int = 0,
         folds: int = 5,
+        subjects: Iterable[str] | None = None,
         check: str = "always",
         allow_missing: bool = False,
         partial: bool = False,
@@ -88,8 +92,12 @@ class ShardDataset(Dataset[dict[str, Any]]):
         index = Index.read(self.out) if complete else Index.of_finished(self.out)
         self._run_id = None if complete else index.run_id  # the index tells whose the shards are, sidecars do not
         self._shards = index.shards
-        chosen = subjects_of(split, index.subjects, fold=fold, folds=folds)
-        self.subjects = sorted(chosen)
+        among = set(index.subjects) if subjects is None else set(subjects)
+        if strange := set(index.subjects) - among:
+            problem = f"{min(strange)!a} of {short(self.out)} is not among them"
+            raise ConfigError(f"subjects: {problem}; give those of all runs")
+        chosen = subjects_of(split, sorted(among), fold=fold, folds=folds)
+        self.subjects = sorted(chosen & set(index.subjects))
         there = self._find_files(index, allow_missing)
         of_split = np.array([name in chosen for name in index.subjects])[index.subject]
         rows = of_split & np.repeat(there, index.shards["n"])
@@ -212,7 +220,7 @@ class _CorruptInWorker(ShardCorruptError):
 
 
 def subjects_of(split: str | None, subjects: Sequence[str], *, fold: int, folds: int) -> set[str]:
-    """Return the subjects on one side of a fold: dealt out in the order of their ids' SHA-256."""
+    """Return the subjects on one side of a fold: dealt out, in the order of their ids' SHA-256, among those given."""
     if split is None:
         return set(subjects)
     if split not in ("train", "validation"):
