@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -75,6 +75,11 @@ class Options:
                 hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
                 raise ConfigError(f"unknown option {key!a}; {hint}")
         return cls(**values)
+
+    def absolute(self) -> Self:
+        """Return the config with absolute paths, which are the same from any working directory."""
+        named = {name: getattr(self, name) for name in self.PATHS}
+        return replace(self, **{name: str(Path(path).absolute()) for name, path in named.items() if path})
 
     def as_dict(self) -> dict[str, Any]:
         """Return the config as plain JSON."""

@@ -282,6 +282,15 @@ def test_round_trip(tmp_path: Path, compression: str) -> None:
             dataset[beyond]
 
 
+def test_a_run_named_from_another_folder_is_still_read(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.parent)
+    dataset = ShardDataset(run.name)
+    monkeypatch.chdir(tmp_path)
+    assert equal(dataset[0], ShardDataset(run)[0])
+
+
 def test_keys_restrict_what_is_read(run: Path) -> None:
     assert list(ShardDataset(run, keys=("evolution", "recipe"))[2]) == ["evolution", "recipe"]
     with pytest.raises(ConfigError, match="flair"):

@@ -4,7 +4,9 @@ import gzip
 import json
 import os
 import pickle
+import shutil
 import signal
+import tracemalloc
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +22,7 @@ from synthlong import PairStream, Recipe, ShardDataset
 from synthlong.dataset.run import generate
 from synthlong.errors import ConfigError, InputError, InputWarning, OutputError, SynthlongError
 from synthlong.inpainting import Inpainter, heal
+from synthlong.lesions import LesionBank
 from synthlong.synthesis import SynthesisConfig
 
 CONFIG = SynthesisConfig(box=32, new_mean=4.0)
@@ -490,6 +493,25 @@ def test_drop_last_ends_an_epoch_too(stream):
     loader = stream(pairs=5, batch_size=2).loader(drop_last=True)
     assert [len(batch["recipe"]) for batch in loader] == [2, 2]
     assert loader.state_dict()["epoch"] == 1
+
+
+def test_an_endless_epoch_takes_no_memory(stream, monkeypatch):
+    made = stream(pairs=10**6)
+    monkeypatch.setattr("synthlong.dataset.stream.check_assets", lambda *_: None)  # which reads them
+    tracemalloc.start()
+    try:
+        iter(made)
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_files_named_from_another_folder_are_still_read(small_case, work, tmp_path, monkeypatch):
+    shutil.copy(LesionBank.default_path(), tmp_path / "bank.npz")
+    monkeypatch.chdir(tmp_path)
+    made = PairStream([small_case], replace(PLAIN, lesion_bank="bank.npz"), pairs=1, keys=["recipe"], work=work)
+    monkeypatch.chdir(work)
+    assert len(list(made)) == 1
 
 
 def test_recipes_name_cases_in_turn(stream):

@@ -119,7 +119,7 @@ def generate(
         if value < low:
             raise ConfigError(f"{name} = {value}: must be {low} or more")
     workers = workers if workers > 0 else processors()
-    config = settled(_absolute(config or SynthesisConfig()))
+    config = settled((config or SynthesisConfig()).absolute())
     files, assets = find_cases(source, prefer=prefer), asset_hashes(config)
     options: dict[str, Any] = {"pairs": pairs, "seed": seed, "shard_size": shard_size}
     options |= {"config": config, "assets": assets, "prefer": prefer}
@@ -181,12 +181,6 @@ def _failures(out: Path) -> dict[str, str]:
         return dict(json.loads((out / "failures.json").read_bytes())["failed"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-def _absolute(config: SynthesisConfig) -> SynthesisConfig:
-    named = {name: getattr(config, name) for name in config.PATHS}
-    paths: dict[str, Any] = {name: str(Path(path).absolute()) for name, path in named.items() if path}
-    return replace(config, **paths)
 
 
 def _clear(out: Path) -> None:

@@ -77,7 +77,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
         allow_missing: bool = False,
         partial: bool = False,
     ) -> None:
-        self.out = Path(out)
+        self.out = Path(out).absolute()  # the working directory may change
         self.keys = (*VOLUMES, "recipe") if keys is None else tuple(keys)
         if unknown := set(self.keys) - {*VOLUMES, "recipe"}:
             raise ConfigError(f"keys must be of {(*VOLUMES, 'recipe')}, not {sorted(unknown)}")

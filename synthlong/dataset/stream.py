@@ -102,8 +102,9 @@ class PairStream(IterableDataset[dict[str, Any]]):
         self.seed, self.pairs, self.batch_size, self.transform = seed, pairs, batch_size, transform
         self._rank, self._world_size = rank, world_size
         self._batches()  # raises if an epoch is too short for the ranks
-        self.config = config = settled(config or SynthesisConfig())
-        self._assets = asset_hashes(config)
+        config = settled(config or SynthesisConfig())
+        self.config = config.absolute()  # the working directory may change
+        self._assets = asset_hashes(self.config)
         self._next, self._restored = [0, 0], False  # epoch and batch that a loader's next pass begins with
         self._pass = torch.zeros(2, dtype=torch.int64).share_memory_()  # those of the pass at work, for its workers
         self._goes_on = False  # in a loader's workers: its passes may begin in mid-epoch
@@ -111,7 +112,7 @@ class PairStream(IterableDataset[dict[str, Any]]):
         rank, ranks = self._ranks()
         with one_thread():
             self._cases = PreparedCases(
-                cases, config, self._assets, heal=self._heal, work=work, begin=rank / ranks, progress=progress
+                cases, self.config, self._assets, heal=self._heal, work=work, begin=rank / ranks, progress=progress
             )
         own = plain_hash([config.as_dict(), self._assets])
         self._identity = {"cases": self._cases.sha256, "config": own}
@@ -128,7 +129,7 @@ class PairStream(IterableDataset[dict[str, Any]]):
         epoch, first = self._pass.tolist()
         first = first if self._goes_on else 0
         mine = range(first + number, self._batches(), workers)  # a loader begins with worker 0 wherever it begins
-        return self._samples(epoch, [batch * ranks + rank for batch in mine])
+        return self._samples(epoch, (batch * ranks + rank for batch in mine))
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__ | {"_synthesis": None}
@@ -187,7 +188,7 @@ class PairStream(IterableDataset[dict[str, Any]]):
             raise ConfigError(f"pairs = {self.pairs}: {ranks} ranks with batches of {self.batch_size} need {least}")
         return self.pairs // least
 
-    def _samples(self, epoch: int, blocks: list[int]) -> Iterator[Any]:
+    def _samples(self, epoch: int, blocks: Iterable[int]) -> Iterator[Any]:
         for block in blocks:
             first = block * self.batch_size
             for k in range(first, min(first + self.batch_size, self.pairs)):
