@@ -48,6 +48,7 @@ BRAIN_MODE = "BrainMode"
 MOST_NEGATIVE = 0.01
 """Share of a scan's voxels that may be negative by interpolation; with more it was z-scored."""
 
+_BRIGHTEST = 300.0  # float16, in which pairs are stored, ends at 65504; gray scales and artifacts need room below
 _KNOT_GRID = 4096
 _MOST_CORNERS = 6
 _VISIT = re.compile("_(?:ses|run|acq|rec|ce|dir|echo|part)-")
@@ -179,6 +180,9 @@ def read_case(
     if mode < 0.1 * tissue_values.mean(dtype=np.float64):
         raise InputError(flair, "much of its brain tissue is 0", "check the brain mask and the labels")
     values /= np.float32(mode)
+    if (most := float(values.max())) > _BRIGHTEST:
+        problem = f"its brightest voxel is {most:.3g} times the mode of the brain"
+        raise InputError(flair, problem, f"check the scan, or clip it at {_BRIGHTEST:g} times the mode")
     if "tissue" not in extra:  # thin sulci, too dark to be tissue whatever their surroundings say
         labels[brain_mask & ~inside & (values < FLUID)] = CSF
     if lesion is not None:

@@ -646,6 +646,13 @@ def test_contrasts_that_are_no_flair_are_read_with_a_word(read, ventricles):
     read(v.flair, v.mask, v.affine)  # itself without a word
 
 
+def test_a_hot_voxel_is_refused_before_it_ends_a_run(read, edge):
+    hot = edge.flair.copy()
+    hot[tuple(np.argwhere(edge.mask)[0])] = 1e8
+    with refused("flair", "brightest voxel is 9.38e+05 times the mode", "clip it at 300 times the mode"):
+        read(hot, edge.mask, edge.affine)
+
+
 def test_white_matter_of_zero_is_no_division(read, ventricles):
     v = ventricles
     brain = np.pad(np.ones((46, 46, 46), np.uint8), 1)
