@@ -17,10 +17,11 @@ def export(
 ) -> None:
     """Write pairs as NIfTI: both visits in BIDS layout, masks and recipe under derivatives/, patients in a table."""
     from synthlong.dataset.export import export_pairs
+    from synthlong.errors import name_of
 
     from .progress import progress_bar
 
     numbers = None if pairs is None else chain(*ranges_of(pairs, "--pairs"))
     with progress_bar() as show:
         folders = export_pairs(run, out, numbers=numbers, progress=show)
-    typer.echo(f"{out.name}: {len(folders)} pairs, {folders[0].name} to {folders[-1].name}")
+    typer.echo(f"{name_of(out)}: {len(folders)} pairs, {folders[0].name} to {folders[-1].name}")

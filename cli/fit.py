@@ -48,7 +48,7 @@ def fit(
     import torch
 
     import synthlong
-    from synthlong.errors import ConfigError, InputError
+    from synthlong.errors import ConfigError, InputError, name_of
     from synthlong.fitting import FitConfig, check_fit, fit_on_cases
     from synthlong.manifest import find_cases
 
@@ -69,7 +69,7 @@ def fit(
     check_fit(config, out, patients={each.patient for each in files}, hold_out=hold_out)
     if threads:
         torch.set_num_threads(threads)
-    words = ["synthlong", "fit", task.value, cases.name, "-o", out.name]
+    words = ["synthlong", "fit", task.value, name_of(cases), "-o", out.name]
     words += ["--steps", str(config.steps), "--learning-rate", str(config.learning_rate)]
     words += ["--sides", ",".join(map(str, config.sides)), "--seed", str(config.seed)]
     words += ["--patches", str(patches)] if patches else []

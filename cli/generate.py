@@ -28,6 +28,7 @@ def generate(
 
     from synthlong.dataset.run import generate as run
     from synthlong.dataset.writer import shard_name
+    from synthlong.errors import name_of
     from synthlong.synthesis import SynthesisConfig
 
     from .progress import progress_bar
@@ -53,14 +54,14 @@ def generate(
     for subject, problem in outcome.failures.items():
         typer.echo(f"left out: {subject}: {problem}", err=True)
     for number, problem in outcome.lost.items():
-        typer.echo(f"{out.name}/{shard_name(number)}: {problem}; run the same command again", err=True)
+        typer.echo(f"{name_of(out)}/{shard_name(number)}: {problem}; run the same command again", err=True)
     if outcome.lost:
-        typer.echo(f"{out.name}: not finished, {len(outcome.lost)} of {outcome.shards} shards are missing")
+        typer.echo(f"{name_of(out)}: not finished, {len(outcome.lost)} of {outcome.shards} shards are missing")
         raise typer.Exit(1)
     if outcome.made:
         rate = outcome.made / max(outcome.seconds, 1e-9)
         text = f"{outcome.made} made in {outcome.seconds:.1f} s, {rate:.1f} pairs/s"
     else:
         text = "already complete" + ("; cases mended since want another folder" if outcome.failures else "")
-    typer.echo(f"{out.name}: {outcome.pairs} pairs in {outcome.shards} shards ({text})")
+    typer.echo(f"{name_of(out)}: {outcome.pairs} pairs in {outcome.shards} shards ({text})")
     raise typer.Exit(1 if outcome.failures else 0)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
-from synthlong.errors import ConfigError
+from synthlong.errors import ConfigError, name_of
 
 from .options import Prefer
 
@@ -75,7 +75,7 @@ class _Asked:
         threads = shared.pop("threads")
         self.of_fit = {name: shared.pop(name) for name in ("readers", "tensorboard")}
         self.given = {name: str(v) if name == "prefer" else v for name, v in shared.items() if v is not None}
-        self._words = ["synthlong", "train", stage, source.name, "-o", out.name]
+        self._words = ["synthlong", "train", stage, name_of(source), "-o", out.name]
         self._words += ["--config", self._file.name] if self._file else []
         self.say(**self.given)
         if threads:

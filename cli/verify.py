@@ -16,7 +16,7 @@ def verify(
 ) -> None:
     """Check every byte of a run: one line for each problem; exit code 1 if there is one."""
     from synthlong.dataset import verify as checks
-    from synthlong.errors import ConfigError
+    from synthlong.errors import ConfigError, name_of
 
     from .progress import progress_bar
 
@@ -28,12 +28,12 @@ def verify(
         else:
             report = checks.verify(out, quick=quick, progress=show)
     for problem in report.problems:
-        typer.echo(f"{out.name}/{problem}", err=True)
+        typer.echo(f"{name_of(out)}/{problem}", err=True)
     wrong, left = len(report.problems), len(report.leftovers)
     sound = f"{report.shards} shards, {report.samples} samples, {report.bytes / 1e6:.0f} MB sound"
     harmless = f", {left} leftover temporary file{'s' * (left != 1)} (harmless)" if left else ""
     verdict = (
         f"{wrong} problem{'s' * (wrong != 1)}" if wrong else "index.json rebuilt" if rebuild_index else "no problem"
     )
-    typer.echo(f"{out.name}: {verdict}; {sound} ({report.seconds:.1f} s){harmless}")
+    typer.echo(f"{name_of(out)}: {verdict}; {sound} ({report.seconds:.1f} s){harmless}")
     raise typer.Exit(1 if wrong else 0)

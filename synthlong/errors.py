@@ -5,7 +5,16 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-__all__ = ["ConfigError", "InputError", "InputWarning", "OutputError", "ShardCorruptError", "SynthlongError", "short"]
+__all__ = [
+    "ConfigError",
+    "InputError",
+    "InputWarning",
+    "OutputError",
+    "ShardCorruptError",
+    "SynthlongError",
+    "name_of",
+    "short",
+]
 
 _LAST_LINE = re.compile(r"^[\w.]+Error: (.+?): (.+); (.+)$", re.MULTILINE)
 
@@ -15,7 +24,12 @@ def short(path: str | Path) -> str:
     path = Path(path)
     if len(path.parts) > 1 and path.parts[-2] != "/":
         return "/".join(path.parts[-2:])
-    return path.name or path.resolve().name or str(path)  # "." has no name
+    return name_of(path)
+
+
+def name_of(path: Path) -> str:
+    """Return the name of a file or folder, that of the working directory for "."."""
+    return path.name or path.resolve().name or str(path)
 
 
 class SynthlongError(Exception):

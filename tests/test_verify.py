@@ -7,7 +7,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
@@ -240,6 +241,23 @@ def test_every_flip_is_found(out: Path) -> None:
     check_flips(out, 12)
 
 
+def test_a_file_renamed_meanwhile_hides_no_other(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scandir = os.scandir
+
+    @contextmanager
+    def raced(folder: Path) -> Iterator[Iterator[os.DirEntry[str]]]:
+        """Lists a temporary first, which is gone when it is asked for its size."""
+        temporary = Path(folder) / "00003.h5.tmp-7-ab"
+        temporary.touch()
+        with scandir(folder) as entries:
+            listed = sorted(entries, key=lambda entry: ".tmp-" not in entry.name)
+        temporary.unlink()
+        yield iter(listed)
+
+    monkeypatch.setattr(os, "scandir", raced)
+    assert verify(out, quick=True).problems == []
+
+
 def test_all_problems_are_listed(out: Path) -> None:
     missing(out)
     flip_bit(out / "shards/00000.h5", 5000, 0)
@@ -324,10 +342,14 @@ def run_verb() -> Callable[..., Result]:
     return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_the_command_says_and_exits(out: Path, run_verb: Callable[..., Result]) -> None:
-    done = run_verb(out)
-    assert (done.exit_code, done.stderr) == (0, "")
-    assert re.fullmatch(r"out: no problem; 3 shards, 12 samples, \d+ MB sound \(.* s\)\n", done.stdout)
+def test_the_command_says_and_exits(
+    out: Path, run_verb: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(out)
+    for named in (out, "."):
+        done = run_verb(named)
+        assert (done.exit_code, done.stderr) == (0, "")
+        assert re.fullmatch(r"out: no problem; 3 shards, 12 samples, \d+ MB sound \(.* s\)\n", done.stdout)
     flip_bit(out / "shards/00001.h5", 5000, 0)
     junk_file = out / "shards/00002.h5.tmp-1-ab"
     junk_file.touch()

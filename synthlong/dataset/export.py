@@ -19,7 +19,7 @@ import numpy as np
 from synthlong.case import BRAIN_MODE, patient_of
 from synthlong.dataset.index import Index
 from synthlong.dataset.shards import ShardDataset
-from synthlong.errors import ConfigError, OutputError
+from synthlong.errors import ConfigError, OutputError, name_of
 from synthlong.nifti import sidecar_of, write_nifti
 from synthlong.pair import ENLARGED, NEW, SHRUNK, STABLE, VANISHED, Pair
 from synthlong.preparation.derivatives import description
@@ -62,7 +62,7 @@ def export_pairs(
     chosen = list(range(len(dataset)) if numbers is None else numbers)
     for number in chosen:
         if not 0 <= number < len(dataset):
-            raise ConfigError(f"--pairs: {run.name} has pairs 0..{len(dataset) - 1}, not {number}")
+            raise ConfigError(f"--pairs: {name_of(run)} has pairs 0..{len(dataset) - 1}, not {number}")
     _describe(out)
     folders = []
     try:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -194,8 +195,9 @@ def found_files(out: Path, suffix: str) -> dict[str, int]:
     try:
         with os.scandir(out / "shards") as entries:
             for entry in entries:
-                if entry.name.endswith(suffix) and entry.is_file():
-                    found[entry.name] = entry.stat().st_size
+                with suppress(FileNotFoundError):  # a temporary that has just been renamed
+                    if entry.name.endswith(suffix) and entry.is_file():
+                        found[entry.name] = entry.stat().st_size
     except FileNotFoundError:
         pass
     except OSError as error:

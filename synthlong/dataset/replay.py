@@ -16,7 +16,7 @@ from synthlong.dataset.reader import IMAGES, VOLUMES
 from synthlong.dataset.shards import ShardDataset
 from synthlong.dataset.writer import image_as_stored
 from synthlong.environment import environment
-from synthlong.errors import ConfigError, InputError, InputWarning, SynthlongError
+from synthlong.errors import ConfigError, InputError, InputWarning, SynthlongError, name_of
 from synthlong.inpainting import heal
 from synthlong.manifest import find_cases
 from synthlong.networks import one_thread
@@ -62,7 +62,7 @@ def replay(
     plan = read_plan(run)
     dataset = ShardDataset(run)
     if not 0 <= number < len(dataset):
-        raise ConfigError(f"{run.name} has pairs 0..{len(dataset) - 1}, not {number}")
+        raise ConfigError(f"{name_of(run)} has pairs 0..{len(dataset) - 1}, not {number}")
     stored = dataset[number]
     recipe = Recipe.from_json(stored["recipe"])
     drawn = SynthesisConfig.from_dict({k: v for k, v in plan["config"].items() if v is not None})
@@ -111,7 +111,7 @@ def _compare(pair: Pair, stored: dict[str, Any], run: Path, number: int, plan: d
         off = float(np.abs(made - kept).max()) if name in IMAGES else np.inf
         if not elsewhere or off > _LAST_BITS:
             problem = f"pair {number} does not come out as stored ({name})"
-            raise SynthlongError(f"{run.name}: {problem}; run `synthlong report`")
+            raise SynthlongError(f"{name_of(run)}: {problem}; run `synthlong report`")
         apart = max(apart, off)
     if apart:
         text = f"pair {number}: images differ by up to {apart:.2g}: other processor or libraries than the run's"
