@@ -178,6 +178,19 @@ def test_only_ones_own_lock_file_is_removed(tmp_path):
     assert (tmp_path / LOCK).read_text() == "of someone who broke it"
 
 
+@pytest.mark.parametrize("call", ["open", "pwrite", "fsync"])
+def test_a_full_disk_is_said_and_leaves_no_lock(tmp_path, monkeypatch, call):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(lock.os, call, full)
+    refused = pytest.raises(OutputError, match=r"cannot be written \(No space left on device\); free some space")
+    with refused, writer_lock(tmp_path):
+        pass
+    monkeypatch.undo()
+    assert not list(tmp_path.iterdir())
+
+
 def test_folder_that_cannot_be_written(tmp_path):
     with pytest.raises(OutputError, match=r"cannot be written \("), writer_lock(tmp_path / "missing"):
         pass

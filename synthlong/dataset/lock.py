@@ -65,7 +65,9 @@ def _held(path: Path, what: Path, break_lock: bool) -> Iterator[None]:
     try:
         descriptor = _taken(path, what, break_lock)
     except OSError as error:
-        raise OutputError(what, f"cannot be written ({error.strerror})", "choose a folder you may write to") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        way_out = "free some space or a quota, then run it again" if full else "choose a folder you may write to"
+        raise OutputError(what, f"cannot be written ({error.strerror})", way_out) from error
     try:
         yield
     finally:
@@ -122,9 +124,14 @@ def _locked(path: Path, what: Path, descriptor: int, created: bool, break_lock: 
     if not _is_file(descriptor, path):
         return False
     mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(mine).encode(), 0)
-    os.fsync(descriptor)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(mine).encode(), 0)
+        os.fsync(descriptor)
+    except OSError:
+        with suppress(OSError):
+            path.unlink()
+        raise
     return True
 
 
