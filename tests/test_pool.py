@@ -1,6 +1,7 @@
 import os
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,17 @@ def test_results_come_as_they_are_done_and_are_counted():
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_counts_of_tasks_that_have_ended_are_asked_for_once(monkeypatch):
+    asked, seen = Counter(), []
+    honest = LocalPool.count
+    monkeypatch.setattr(LocalPool, "count", lambda pool, slot: asked.update([slot]) or honest(pool, slot))
+    with LocalPool(1, tasks=200) as pool:
+        assert list(pool.run(square, [1] * 200, seen.append)) == [1] * 200
+    assert seen == sorted(seen)
+    assert seen[-1] == 200
+    assert asked.total() < 10 * 200
 
 
 def test_a_death_costs_its_task_only(tmp_path):

@@ -97,6 +97,7 @@ class Pool(ABC):
         self._used = slots.stop
         waiting, deaths = deque(zip(slots, tasks, strict=True)), Counter[int]()
         running: dict[Future[Any], tuple[int, Any]] = {}
+        ended = 0  # what tasks have counted that are done or given up
         while waiting or running:
             most = _AHEAD * self.size
             while waiting and len(running) < most:
@@ -108,7 +109,7 @@ class Pool(ABC):
                     with suppress(InvalidStateError):  # it was done
                         future.set_exception(BrokenProcessPool("all workers died"))
             if report:
-                report(sum(map(self.count, slots)))
+                report(ended + sum(self.count(slot) for slot, _ in running.values()))
             for future in [one for one in running if one in done]:  # in the order of the tasks
                 slot, task = running.pop(future)
                 try:
@@ -117,10 +118,10 @@ class Pool(ABC):
                     deaths[slot] += 1
                     if deaths[slot] < self.chances:
                         waiting.append((slot, task))
-                    else:
-                        yield Lost(task, self.count(slot), str(error))
-                else:
-                    yield result
+                        continue
+                    result = Lost(task, self.count(slot), str(error))
+                ended += self.count(slot)
+                yield result
 
     def __enter__(self) -> Pool:
         return self
