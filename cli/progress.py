@@ -26,7 +26,8 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
         TimeRemainingColumn(),
     )
     bars: dict[str, TaskID] = {}
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as view:
+    on_terminal = sys.stderr is not None and sys.stderr.isatty()  # None where it was closed before the start
+    with Progress(*columns, console=Console(stderr=True), disable=not on_terminal) as view:
 
         def show(stage: str, done: int, total: int) -> None:
             unit = stage.split(",")[0]

@@ -9,6 +9,7 @@ import pytest
 from running import group_is_gone, started, wait_for
 from synthlong_cli.main import main
 from synthlong_cli.options import each_with
+from test_shards import write_run
 
 from synthlong.atlas import ASSETS
 from synthlong.dataset.shards import ShardDataset
@@ -73,6 +74,13 @@ def test_several_files_may_follow_one_option():
     assert each_with(usual, "--weights", ".safetensors") == usual
     alone = ["fit", "inpainter", "c", "-o", "w.safetensors"]
     assert each_with(alone, "--weights", ".safetensors") == alone
+
+
+def test_verbs_with_a_bar_need_no_stderr(tmp_path, monkeypatch, capsys):
+    run = write_run(tmp_path / "run")
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["verify", str(run)]) == 0
+    assert "run: no problem" in capsys.readouterr().out
 
 
 def test_a_report_is_not_written_over_a_manifest(tmp_path, capsys):
