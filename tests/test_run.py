@@ -1,3 +1,4 @@
+import itertools
 import json
 import warnings
 
@@ -11,9 +12,10 @@ from synthlong import Recipe, ShardDataset
 from synthlong.artifacts import RandomAnisotropicDownsampling, RandomGaussianNoise
 from synthlong.artifacts.base import axial_axis
 from synthlong.case import read_case
+from synthlong.dataset import export as export_module
 from synthlong.dataset import run as module
 from synthlong.dataset.export import export_pairs, write_pair
-from synthlong.dataset.plan import read_plan, source_of
+from synthlong.dataset.plan import make_plan, read_plan, source_of
 from synthlong.dataset.replay import replay
 from synthlong.dataset.run import generate
 from synthlong.errors import ConfigError, InputError, InputWarning, OutputError
@@ -154,6 +156,19 @@ def test_nothing_tells_of_the_machine(run, manifest):
     assert source_of(run, read_plan(run)).resolve() == manifest
 
 
+@pytest.mark.parametrize("name", ["linked.csv", "a..b..c..d.csv"])
+def test_a_plan_says_where_its_cases_are(tmp_path, name):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "cases.csv").touch()
+    (tmp_path / "here").mkdir()
+    (tmp_path / "run").mkdir()
+    source = tmp_path / "here" / name
+    source.symlink_to(tmp_path / "elsewhere" / "cases.csv")
+    plan = make_plan(source, tmp_path / "run", cases=[], pairs=1, seed=0, shard_size=1, config=CONFIG, assets={})
+    assert source_of(tmp_path / "run", plan).resolve() == source.resolve()
+    assert plan["source"] == f"../here/{name}"
+
+
 def test_replay_gives_the_pair_again(run):
     for k in (0, 3):
         pair, apart = replay(run, k)  # compares every array with the shard, bit for bit
@@ -257,8 +272,23 @@ def test_export_is_bids_with_true_geometry(run, tmp_path):
     assert np.allclose(np.abs(np.linalg.det(image.affine)), 1)
     recipe = tmp_path / "derivatives/synthlong/sub-syn0002/sub-syn0002_recipe.json"
     assert recipe.read_text().strip() == sample["recipe"]
-    with pytest.raises(ConfigError, match=r"has pairs 0\.\.6, not 9"):
-        export_pairs(run, tmp_path, numbers=[9])
+
+
+def test_export_takes_each_number_once_and_no_more_than_there_are(run, tmp_path):
+    assert [folder.name for folder in export_pairs(run, tmp_path, numbers=[1, 0, 1])] == ["sub-syn0001", "sub-syn0000"]
+    endless = itertools.count()
+    with pytest.raises(ConfigError, match=r"has pairs 0\.\.6, not 7"):
+        export_pairs(run, tmp_path, numbers=(n for n in endless if n < 1000 or pytest.fail("all are listed first")))
+
+
+def test_export_names_the_file_that_did_not_fit(run, tmp_path, monkeypatch):
+    def full(path, *_):
+        raise OutputError(path, "no space left", "free some space")
+
+    for name in ("write_nifti", "_list_participants"):
+        monkeypatch.setattr(export_module, name, full)
+    with pytest.raises(OutputError, match=r"ses-1_FLAIR\.nii\.gz: no space left"):
+        export_pairs(run, tmp_path, numbers=[0])
 
 
 def test_no_other_pair_is_written_over(run, tmp_path):

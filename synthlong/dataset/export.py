@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,7 @@ def export_pairs(
     Args:
         run: Folder that `generate` wrote.
         out: Folder to write.
-        numbers: Which pairs; None: all.
+        numbers: Which pairs, each written once; None: all.
         progress: Called as ("pairs", done, total).
 
     Raises:
@@ -59,10 +60,11 @@ def export_pairs(
         OutputError: As for `write_pair`.
     """
     dataset, run_id = ShardDataset(run), Index.read(run).run_id
-    chosen = list(range(len(dataset)) if numbers is None else numbers)
-    for number in chosen:
+    chosen: dict[int, None] = {}  # each once, in the order given
+    for number in range(len(dataset)) if numbers is None else numbers:
         if not 0 <= number < len(dataset):
             raise ConfigError(f"--pairs: {name_of(run)} has pairs 0..{len(dataset) - 1}, not {number}")
+        chosen[number] = None
     _describe(out)
     folders = []
     try:
@@ -74,8 +76,11 @@ def export_pairs(
             folders.append(_write(out, number, pair, run_id))
             if progress:
                 progress("pairs", len(folders), len(chosen))
-    finally:
-        _list_participants(out)
+    except BaseException:
+        with suppress(OSError, OutputError):  # a full disk is told of once, by the file that did not fit
+            _list_participants(out)
+        raise
+    _list_participants(out)
     return folders
 
 

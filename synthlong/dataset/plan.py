@@ -216,8 +216,9 @@ def _relative(source: Path, out: Path) -> str | None:
     """Return where the cases lie, seen from `out`; None where that would climb far and tell of the machine."""
     if source.resolve() == bundled_cases().resolve():
         return _BUNDLED
-    path = os.path.relpath(source.resolve(), out.resolve())
-    return path if path.count("..") <= 2 and not os.path.isabs(path) else None
+    place = source.parent.resolve() / source.name  # rows of a manifest that is a link are relative to the link
+    path = os.path.relpath(place, out.resolve())
+    return path if Path(path).parts.count("..") <= 2 and not os.path.isabs(path) else None
 
 
 def _comparable(plan: dict[str, Any]) -> dict[str, Any]:
