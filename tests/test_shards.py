@@ -548,7 +548,7 @@ def test_ten_thousand_shards_open_fast_and_pickle_small(tmp_path: Path) -> None:
     dataset = ShardDataset(tmp_path, split="train", folds=64)
     assert time.process_time() - started < 3, "a second is the goal, on a machine of its own"
     assert len(dataset) == 630_000
-    assert len(pickle.dumps(dataset)) < 1_000_000
+    assert len(pickle.dumps(dataset)) < 1_000_000 * 10_000 // 15_625, "a million pairs: less than a megabyte"
     assert len(pickle.loads(pickle.dumps(dataset))) == 630_000
 
 

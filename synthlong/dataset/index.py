@@ -27,7 +27,7 @@ from synthlong.publishing import canonical_json, publish
 
 __all__ = ["SHARD", "Index", "found_files", "planned_shards", "read_sidecar", "recorded_samples", "write_index"]
 
-SHARD = np.dtype([("number", "<i4"), ("n", "<i4"), ("first", "<i8"), ("bytes", "<i8"), ("sha256", "V32")])
+SHARD = np.dtype([("number", "<i4"), ("n", "<i4"), ("first", "<u4"), ("bytes", "<i8"), ("sha256", "V32")])
 _OWN_SHA256 = re.compile(rb'\{"n":\d+,"run_id":"[^"\\]*","schema":"[^"\\]*",("sha256":"([0-9a-f]{64})",)')
 _GIVE = "give the folder that `generate` wrote"
 _RESUME = "run the same `synthlong generate` again"
