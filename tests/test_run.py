@@ -12,6 +12,7 @@ from synthlong import Recipe, ShardDataset
 from synthlong.artifacts import RandomAnisotropicDownsampling, RandomGaussianNoise
 from synthlong.artifacts.base import axial_axis
 from synthlong.case import read_case
+from synthlong.dataset import cases as cases_module
 from synthlong.dataset import export as export_module
 from synthlong.dataset import run as module
 from synthlong.dataset.export import export_pairs, write_pair
@@ -87,6 +88,33 @@ def test_resume_makes_what_is_missing_or_damaged(run, manifest):
     assert (again.made, again.pairs) == (0, 7)
 
 
+@pytest.mark.usefixtures("here")
+def test_only_cases_of_missing_shards_are_prepared_again(run, manifest, monkeypatch):
+    out = manifest.parent / "of-one-case"
+    put(out, bytes_of(run))
+    (out / "index.json").unlink()
+    prepared, kept = [], []
+    store, write = cases_module.store_case, module.write_index
+
+    def noting(folder, case, *args, **options):
+        prepared.append(case.id)
+        store(folder, case, *args, **options)
+
+    def noting_too(folder, run_id, sidecars):
+        kept.extend(sidecars)
+        write(folder, run_id, sidecars)
+
+    monkeypatch.setattr(cases_module, "store_case", noting)
+    monkeypatch.setattr(module, "write_index", noting_too)
+    assert generate(manifest, out, workers=1, **OPTIONS).made == 0
+    assert (prepared, bytes_of(out)) == ([], bytes_of(run))
+    for name in ("index.json", "shards/00002.h5"):
+        (out / name).unlink()
+    assert generate(manifest, out, workers=1, **OPTIONS).made == 1
+    assert (prepared, bytes_of(out)) == (["cs07"], bytes_of(run))
+    assert all(sample.keys() == {"index", "subject"} for sidecar in kept for sample in sidecar["samples"])
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [({"seed": 4}, "seed: 3 -> 4"), ({"config": SynthesisConfig(box=32)}, "config.new_mean: 4.0 -> 3.0")],
@@ -98,6 +126,7 @@ def test_another_run_in_the_folder_is_refused(run, manifest, change, named):
     assert bytes_of(run) == before
 
 
+@pytest.mark.usefixtures("here")
 def test_changed_input_is_refused(run, manifest, tmp_path):
     copy = tmp_path / "pairs"
     put(copy, bytes_of(run))
@@ -110,6 +139,9 @@ def test_changed_input_is_refused(run, manifest, tmp_path):
         generate(tmp_path / "cases.csv", copy, workers=1, **OPTIONS)
     with pytest.raises(InputError, match=r"cs19_FLAIR\.nii\.gz: has changed since the run"):
         replay(copy, 1, source=tmp_path / "cases.csv")
+    (copy / "index.json").unlink()  # no shard is missing, so no case would be read
+    with pytest.raises(ConfigError, match=r"cases\.cs19\.flair"):
+        generate(tmp_path / "cases.csv", copy, workers=1, **OPTIONS)
 
 
 @pytest.mark.usefixtures("here")

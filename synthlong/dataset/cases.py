@@ -44,6 +44,7 @@ class Preparation:
         folder: Where it is stored.
         config: Of the run.
         assets: Result of `asset_hashes`.
+        needed: Whether pairs will be made of it; else its files are hashed, and no more.
         sources: SHA-256 of each file, by role; of a prepared case.
         warnings: What reading it had to say.
         failure: Why it cannot be used, if so.
@@ -53,6 +54,7 @@ class Preparation:
     folder: Path
     config: SynthesisConfig
     assets: dict[str, str]
+    needed: bool = True
     sources: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     failure: str | None = None
@@ -85,14 +87,14 @@ def prepare_cases(
 
 
 def prepare_case(task: Preparation) -> Preparation:
-    """Prepare one case, unless it is there; return the task with its result filled in."""
+    """Prepare one case, unless it is there or not needed; return the task with its result filled in."""
 
     def stamp(sources: dict[str, str]) -> dict[str, Any]:
         return stamp_of(task.files.subject, sources, task.config, task.assets, prefer=task.files.prefer)
 
     try:
         sources = task.files.hashes()
-        if stored_stamp(task.folder) == stamp(sources):
+        if not task.needed or stored_stamp(task.folder) == stamp(sources):
             return replace(task, sources=sources)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", InputWarning)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,7 +26,16 @@ from synthlong.dataset.writer import shard_name, shard_path
 from synthlong.errors import InputError, ShardCorruptError
 from synthlong.publishing import canonical_json, publish
 
-__all__ = ["SHARD", "Index", "found_files", "planned_shards", "read_sidecar", "recorded_samples", "write_index"]
+__all__ = [
+    "SHARD",
+    "Index",
+    "found_files",
+    "index_part",
+    "planned_shards",
+    "read_sidecar",
+    "recorded_samples",
+    "write_index",
+]
 
 SHARD = np.dtype([("number", "<i4"), ("n", "<i4"), ("first", "<u4"), ("bytes", "<i8"), ("sha256", "V32")])
 _OWN_SHA256 = re.compile(rb'\{"n":\d+,"run_id":"[^"\\]*","schema":"[^"\\]*",("sha256":"([0-9a-f]{64})",)')
@@ -172,6 +182,12 @@ def read_sidecar(path: Path) -> dict[str, Any]:
     if not whole:
         raise InputError(path, "is not the record of a shard", f"copy it again, or delete it and {_RESUME}")
     return sidecar
+
+
+def index_part(sidecar: dict[str, Any]) -> dict[str, Any]:
+    """Return a sidecar without its samples' hashes, which are most of it and which no index needs."""
+    samples = [{"index": sample["index"], "subject": sys.intern(sample["subject"])} for sample in sidecar["samples"]]
+    return {**sidecar, "samples": samples}
 
 
 def recorded_samples(sidecar: dict[str, Any]) -> list[tuple[int, str]]:

@@ -3,7 +3,8 @@
     lock -> find cases -> prepare each (read, fill its lesions) -> run.json -> shards, by workers -> index.json
 
 Pair k belongs to case k mod n and is drawn from (seed, case, k), so the bytes are the same whatever the workers. A
-run that stopped goes on when it is called again: every shard without a valid record is made.
+run that stopped goes on when it is called again: every shard without a valid record is made, from cases prepared anew
+if need be; the other cases are only hashed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,15 @@ from typing import Any
 
 from synthlong.case import Case
 from synthlong.dataset.cases import Preparation, case_folder, check_assets, kept_synthesis, prepare_cases, synthesis_of
-from synthlong.dataset.index import Index, found_files, planned_shards, read_sidecar, recorded_samples, write_index
+from synthlong.dataset.index import (
+    Index,
+    found_files,
+    index_part,
+    planned_shards,
+    read_sidecar,
+    recorded_samples,
+    write_index,
+)
 from synthlong.dataset.lock import writer_lock
 from synthlong.dataset.plan import (
     adopt_plan,
@@ -133,12 +142,20 @@ def generate(
         _clear(out)
         return Outcome(pairs, shards, 0, 0.0, failures)
     with _folder_of_run(out, break_lock=break_lock):
+        sidecars: dict[int, dict[str, Any]] = {}
+        spared: set[str] = set()
         if (out / "run.json").exists():  # refuse another run before hours are spent on its cases
-            adopt_plan(out, make_plan(source, out, cases=read_plan(out)["cases"], **options))
+            plan = make_plan(source, out, cases=read_plan(out)["cases"], **options)
+            adopt_plan(out, plan)
+            sidecars = _find_shards(out, plan, progress)
+            spared = _spared(plan, sidecars)
         per_pair = _MB_PER_PAIR[config.compression] * (config.box / 64) ** 3
         left = max(0, pairs - shard_size * len(found_files(out, ".json")))
-        tasks = [Preparation(f, case_folder(out / "work", f.subject), config, assets) for f in files]
-        unprepared = sum(not task.folder.exists() for task in tasks)
+        work = out / "work"
+        tasks = [
+            Preparation(f, case_folder(work, f.subject), config, assets, needed=f.subject not in spared) for f in files
+        ]
+        unprepared = sum(task.needed and not task.folder.exists() for task in tasks)
         check_space(out, need_mb=left * per_pair + unprepared * _MB_PER_CASE)
         synthesis_of(replace(config, device="cpu"))  # what cannot be read is said before the cases are
         with _pool(workers, scheduler, out, config, tasks=len(tasks) + shards) as pool:
@@ -151,7 +168,7 @@ def generate(
             plan = make_plan(source, out, cases=[p.record for p in usable], **options)
             adopt_plan(out, plan)
             started = time.monotonic()
-            sidecars, made, lost = _make_shards(pool, out, plan, config, progress)
+            made, lost = _make_shards(pool, out, plan, config, sidecars, progress)
         seconds = time.monotonic() - started
         if failures:
             publish(out / "failures.json", canonical_json({"failed": failures}).encode())
@@ -246,18 +263,35 @@ class _Shard:
     config: SynthesisConfig
 
 
-def _make_shards(
-    pool: Pool, out: Path, plan: dict[str, Any], config: SynthesisConfig, progress: Progress | None
-) -> tuple[dict[int, dict[str, Any]], int, dict[int, str]]:
-    """Make every shard that is not there; return all sidecars, how many pairs were made, and what was lost."""
-    pairs, numbers = plan["pairs"], range(len(planned_shards(plan)))
-    sidecars = {}
+def _find_shards(out: Path, plan: dict[str, Any], progress: Progress | None) -> dict[int, dict[str, Any]]:
+    """Return what the index needs of each shard that is there."""
+    sidecars, numbers = {}, range(len(planned_shards(plan)))
     with ThreadPoolExecutor(processors()) as readers:
         for n, sidecar in enumerate(readers.map(partial(_done, out, plan), numbers)):
             if sidecar:
                 sidecars[n] = sidecar
             if progress and n % 16 == 0:
                 progress("shards, those that are there", n, len(numbers))
+    return sidecars
+
+
+def _spared(plan: dict[str, Any], sidecars: dict[int, dict[str, Any]]) -> set[str]:
+    """Return the run's cases of which no pair is missing."""
+    subjects = [case["subject"] for case in plan["cases"]]
+    missing = (indices for number, indices in enumerate(planned_shards(plan)) if number not in sidecars)
+    return set(subjects) - {subjects[k % len(subjects)] for indices in missing for k in indices}
+
+
+def _make_shards(
+    pool: Pool,
+    out: Path,
+    plan: dict[str, Any],
+    config: SynthesisConfig,
+    sidecars: dict[int, dict[str, Any]],
+    progress: Progress | None,
+) -> tuple[int, dict[int, str]]:
+    """Make every shard that has no sidecar, and add it; return how many pairs were made, and what was lost."""
+    pairs, numbers = plan["pairs"], range(len(planned_shards(plan)))
     there = sum(sidecar["n"] for sidecar in sidecars.values())
     todo = [_Shard(out, plan["run_id"], n, config) for n in numbers if n not in sidecars]
     report = (lambda n: progress("pairs", there + n, pairs)) if progress else None
@@ -269,18 +303,18 @@ def _make_shards(
             lost[number] = f"its worker died each time{after} ({result.problem})"
         else:
             number, sidecars[number] = result
-    return sidecars, sum(sidecar["n"] for sidecar in sidecars.values()) - there, lost
+    return sum(sidecar["n"] for sidecar in sidecars.values()) - there, lost
 
 
 def _done(out: Path, plan: dict[str, Any], number: int) -> dict[str, Any] | None:
-    """Return the sidecar of a shard that is there, whole, unchanged, and of this run."""
+    """Return what the index needs of a shard that is there, whole, unchanged, and of this run."""
     path = shard_path(out, number)
     try:
         sidecar = read_sidecar(path.with_suffix(".json"))
         if recorded_samples(sidecar) != shard_samples(plan, number):
             return None
         with closing(ShardReader(path, sha256=bytes.fromhex(sidecar["sha256"]), sums=False)) as shard:
-            return sidecar if shard.run_id() == plan["run_id"] else None
+            return index_part(sidecar) if shard.run_id() == plan["run_id"] else None
     except (OSError, InputError):
         return None
 
@@ -307,7 +341,7 @@ def _make_shard(task: _Shard) -> tuple[int, dict[str, Any]]:
         versions_json=canonical_json(plan["versions"]),
         compression=task.config.compression,
     )
-    return task.number, sidecar
+    return task.number, index_part(sidecar)
 
 
 def _sample(pair: Pair, patient: str, index: int) -> Sample:

@@ -19,7 +19,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from synthlong.dataset.index import Index, found_files, planned_shards, read_sidecar, recorded_samples, write_index
+from synthlong.dataset.index import (
+    Index,
+    found_files,
+    index_part,
+    planned_shards,
+    read_sidecar,
+    recorded_samples,
+    write_index,
+)
 from synthlong.dataset.plan import is_leftover, read_plan, shard_samples
 from synthlong.dataset.reader import ShardReader
 from synthlong.dataset.writer import shard_name
@@ -144,7 +152,7 @@ def rebuild_index(out: str | Path, *, progress: Progress | None = None) -> Repor
     run = _Run(out, plan["run_id"], planned_shards(plan), plan, None, True, found)
     report = _look(run, [], quick=False, progress=progress, started=started)
     if not report.problems:
-        write_index(out, run.run_id, [read_sidecar(out / _record(k)) for k in range(len(run.indices))])
+        write_index(out, run.run_id, [index_part(read_sidecar(out / _record(k))) for k in range(len(run.indices))])
     return report
 
 
