@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,7 +30,7 @@ from synthlong.synthesis import SynthesisConfig
 if TYPE_CHECKING:
     from synthlong.artifacts import RandomAcquisition
 
-__all__ = ["Artifacts", "Box", "Recipe", "draw_recipe", "rng_of"]
+__all__ = ["Artifacts", "Box", "Recipe", "affine_of", "draw_recipe", "rng_of"]
 
 VERSION = 3
 _FARTHEST_MM = 0.9
@@ -142,22 +144,17 @@ class Recipe:
         Raises:
             ConfigError: Not a recipe, or of a newer version.
         """
-        try:
-            plain = json.loads(text)
-            if plain["version"] > VERSION:
-                raise ConfigError(f"recipe version {plain['version']}: update synthlong, this one reads {VERSION}")
-            box, turn = plain["box"], plain["orientation"]
+        with _refusal():
+            plain = _read(text)
             (mean0, sd0), (mean1, sd1) = plain["scaling"]
             x, y, z = plain.get("offset_mm", (0.0, 0.0, 0.0))
             (seed0, bright0), (seed1, bright1) = plain.get("flow", ((0, 0.0), (0, 0.0)))
             (contrast0, gamma0), (contrast1, gamma1) = plain.get("tones", (AS_IT_IS, AS_IT_IS))
             return cls(
                 case_id=plain["case"],
-                box=Box((box["start"][0], box["start"][1], box["start"][2]), box["size"], box["placed"]),
+                **_place(plain),
                 events=tuple(LesionEvent.from_dict(e) for e in plain["events"]),
-                orientation=Orientation(tuple(turn["axes"]), tuple(turn["flips"])),
                 scaling=((mean0, sd0), (mean1, sd1)),
-                origin_mm=(plain["origin_mm"][0], plain["origin_mm"][1], plain["origin_mm"][2]),
                 max_event_mm3=plain["max_event_mm3"],
                 margin=plain["margin"],
                 painter=plain["painter"],
@@ -167,8 +164,42 @@ class Recipe:
                 offset_mm=(x, y, z),
                 version=plain["version"],
             )
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise ConfigError(f"not a recipe of synthlong ({type(error).__name__}: {error})") from error
+
+
+def affine_of(text: str) -> NDArray[np.float64]:
+    """Return `Recipe.from_json(text).affine` without reading the events.
+
+    Raises:
+        ConfigError: Not a recipe, or of a newer version.
+    """
+    with _refusal():
+        return Recipe("", events=(), **_place(_read(text))).affine
+
+
+def _read(text: str) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(text)
+    if plain["version"] > VERSION:
+        raise ConfigError(f"recipe version {plain['version']}: update synthlong, this one reads {VERSION}")
+    return plain
+
+
+def _place(plain: dict[str, Any]) -> dict[str, Any]:
+    """Return where a box lies and how it is turned."""
+    box, turn = plain["box"], plain["orientation"]
+    return {
+        "box": Box((box["start"][0], box["start"][1], box["start"][2]), box["size"], box["placed"]),
+        "orientation": Orientation(tuple(turn["axes"]), tuple(turn["flips"])),
+        "origin_mm": (plain["origin_mm"][0], plain["origin_mm"][1], plain["origin_mm"][2]),
+    }
+
+
+@contextmanager
+def _refusal() -> Iterator[None]:
+    """Say of what does not fit that it is no recipe."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise ConfigError(f"not a recipe of synthlong ({type(error).__name__}: {error})") from error
 
 
 def rng_of(seed: int, case_id: str, k: int) -> np.random.Generator:

@@ -15,7 +15,7 @@ from synthlong.lesions import core, read_bank
 from synthlong.orientation import Orientation
 from synthlong.placement import Site, allowed_of, site_mask
 from synthlong.profile import Profile
-from synthlong.recipe import Artifacts, Box, Recipe, draw_recipe, rng_of
+from synthlong.recipe import Artifacts, Box, Recipe, affine_of, draw_recipe, rng_of
 from synthlong.synthesis import SynthesisConfig
 
 DEFAULT = SynthesisConfig()
@@ -103,9 +103,10 @@ def test_a_recipe_from_before_offsets_flow_and_tones_has_none(recipes):
 
 
 @pytest.mark.parametrize("text", ["", "null", "[]", "{}", '{"version":1}', '{"version":"1"}', "\x00"])
-def test_what_is_no_recipe_is_refused(text):
+@pytest.mark.parametrize("read", [Recipe.from_json, affine_of])
+def test_what_is_no_recipe_is_refused(text, read):
     with pytest.raises(ConfigError, match="not a recipe"):
-        Recipe.from_json(text)
+        read(text)
 
 
 def test_a_newer_recipe_is_refused(recipes):
@@ -271,6 +272,12 @@ def test_the_recipes_affine_is_the_boxs(recipes, real_case):
     recipe = recipes[0]
     start = np.argwhere(recipe.orientation.apply(marked(recipe.box.size)))[0]
     assert np.allclose(recipe.affine @ (*start, 1), real_case.affine @ (*(np.array(recipe.box.start) + 7), 1))
+
+
+def test_the_affine_is_read_without_the_events(recipes):
+    for recipe in recipes[:50]:
+        plain = json.loads(recipe.to_json())
+        assert np.array_equal(affine_of(json.dumps(plain | {"events": None})), recipe.affine)
 
 
 def marked(size):

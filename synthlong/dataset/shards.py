@@ -119,11 +119,11 @@ class ShardDataset(Dataset[dict[str, Any]]):
         if self.transform is None:
             return sample
         if not set(self.keys).isdisjoint(IMAGES):
-            from synthlong.recipe import Recipe
+            from synthlong.recipe import affine_of
 
             recipe = sample.get("recipe") or self._reader(shard).recipe(position)
             try:
-                tell_affine(sample, Recipe.from_json(recipe).affine)
+                tell_affine(sample, affine_of(recipe))
             except ConfigError:  # of another version
                 text = f"{self.out.name}: its recipes are of another version; transforms take images for RAS, 1 mm"
                 warnings.warn(text, InputWarning, stacklevel=2)
