@@ -12,8 +12,9 @@ from synthlong.detection.networks import ConcatUNet
 from synthlong.errors import ConfigError, InputError, InputWarning
 from synthlong.protocol import toned
 from synthlong.recipe import Recipe
+from synthlong.training.ohem import OhemConfig
 from synthlong.training.patches import check_folds, read_patches
-from synthlong.training.sides import source_sha256
+from synthlong.training.sides import read_sides, source_sha256
 
 SPLIT = {"split": "train", "fold": 0, "folds": 2}
 
@@ -192,6 +193,7 @@ def test_a_preferred_orientation_is_that_of_all_files(manifest, tmp_path):
     with pytest.raises(InputError, match=r"a_followup.nii.gz: its sform and qform disagree .*; pass --prefer"):
         read_patches(source, **whole)
     assert read_patches(source, prefer="sform", **whole).subjects == ["a", "b", "c"]
+    assert read_sides(source, OhemConfig(side=16, folds=1, prefer="sform"))[0].subjects == ["a", "b", "c"]
     with pytest.raises(InputError, match="its sform and qform disagree"):
         check_folds(source, [0], of=2)
     check_folds(source, [0], of=2, prefer="sform")
