@@ -149,6 +149,19 @@ def test_first_guess_without_a_hole_or_without_tissue():
     assert not first_guess(np.zeros_like(x), np.ones_like(x)).any()
 
 
+def test_the_noise_has_the_mean_and_sd_of_the_brain_around():
+    rng = np.random.default_rng(3)
+    x = rng.uniform(0.5, 1.5, (16, 16, 16)).astype(np.float32)
+    x[:6] = 0  # background does not count
+    mask = np.zeros(x.shape, bool)
+    mask[10:13, 7:10, 7:10] = True
+    weight = soft_hole(mask)
+    for image in (x, np.where(mask, 9, x).astype(np.float32)):  # nor does the hole
+        brain = image[(weight == 0) & (image > 0)]
+        white = noise(x.shape, 3, mean=float(brain.mean()), sd=float(brain.std()))
+        assert np.allclose(corrupt(image, weight, mask, seed=3)[0, mask], white[mask], atol=1e-5)
+
+
 def test_corrupt_changes_the_hole_alone():
     rng = np.random.default_rng(2)
     x = rng.uniform(0.5, 1.5, (16, 16, 16)).astype(np.float32)
