@@ -14,6 +14,7 @@ from synthlong.tissue import CSF
 
 SHAPE = (40, 36, 30)
 WHOLE = tuple(slice(0, n) for n in SHAPE)
+ARRAYS = ("flair", "lesions", "brain", "tissue", "healthy")
 MASKS = ("new_lesions", "evolution", "lesions_baseline", "lesions_followup")
 
 parts = st.tuples(*[st.tuples(st.integers(0, n - 1), st.integers(1, n)) for n in SHAPE]).map(
@@ -27,6 +28,16 @@ def test_a_field_is_the_same_from_any_region(part, seed):
     field = flow_field(SHAPE, part, seed=seed)
     assert field.dtype == np.float32
     assert np.allclose(field, flow_field(SHAPE, WHOLE, seed=seed)[part], atol=1e-6)
+
+
+@given(st.tuples(*[st.integers(0, n - 1) for n in SHAPE]), st.integers(0, 2**31 - 1))
+@settings(deadline=None, max_examples=20)
+def test_a_field_is_noise_on_knots_five_voxels_apart_under_a_gaussian(at, seed):
+    knots = [np.arange(-5, n + 10, 5) for n in SHAPE]
+    noise = np.random.default_rng(seed).standard_normal([len(k) for k in knots])
+    near = [np.exp(-0.5 * ((x - k) / 3.5) ** 2) for x, k in zip(at, knots, strict=True)]
+    value = np.einsum("ijk,i,j,k", noise, *near) / np.prod([np.linalg.norm(n) for n in near])
+    assert flow_field(SHAPE, WHOLE, seed=seed)[at] == pytest.approx(np.clip(value - 0.5, 0, 1), abs=1e-6)
 
 
 def test_a_field_is_smooth_and_zero_in_most_places():
@@ -51,6 +62,18 @@ def test_fluid_and_the_surface_may_be_brighter(small_case):
     part = (slice(3, 30), slice(0, 22), slice(9, None))
     part = tuple(slice(p.start, p.stop or n) for p, n in zip(part, small_case.shape, strict=True))
     assert np.array_equal(flow_weight(small_case, part), weight[part])
+
+
+def test_fluid_is_csf_and_three_voxels_below_the_surface_with_a_soft_edge(small_case):
+    low = (slice(12, None), slice(None), slice(None))  # a brain that the grid cuts: there is no surface
+    case = replace(small_case, **{name: getattr(small_case, name)[low] for name in ARRAYS})
+    brain = case.brain > 0
+    below = ndimage.distance_transform_cdt(brain, "taxicab")
+    fluid = ((brain & (below <= 3)) | (case.tissue == CSF)).astype(float)
+    expected = ndimage.gaussian_filter(fluid, 0.7) * brain
+    weight = flow_weight(case, tuple(slice(0, n) for n in case.shape))
+    assert weight == pytest.approx(expected, abs=1e-5)
+    assert weight[8, 20, 20] == pytest.approx(1, abs=1e-3)  # the middle of the ventricle
 
 
 def test_each_visit_has_its_own_and_its_lesions_stay(small_case):
