@@ -85,7 +85,8 @@ def half_copied(out: Path) -> None:
 
 
 def extra(out: Path) -> None:
-    shutil.copy(out / "shards/00001.h5", out / "shards/00003.h5")
+    for suffix in ("h5", "json"):
+        shutil.copy(out / f"shards/00001.{suffix}", out / f"shards/00003.{suffix}")
 
 
 def no_sidecar(out: Path) -> None:
@@ -109,6 +110,22 @@ def index_of_another_run(out: Path) -> None:
     shutil.copy(write_run(out.parent / "other", seed=1) / "index.json", out / "index.json")
 
 
+def index_of_fewer_shards(out: Path) -> None:
+    sidecars = [json.loads((out / f"shards/0000{k}.json").read_text()) for k in range(2)]
+    write_index(out, json.loads((out / "run.json").read_text())["run_id"], sidecars)
+
+
+def damaged_index_and_a_shard_gone(out: Path) -> None:
+    (out / "index.json").write_text("{}")
+    for suffix in ("h5", "json"):
+        (out / f"shards/00001.{suffix}").unlink()
+
+
+def junk_and_no_index(out: Path) -> None:
+    junk(out)
+    (out / "index.json").unlink()
+
+
 SIZE = r"has \d+ bytes, recorded are \d+"
 QUICK = [
     *((cut(share), [("shards/00001.h5", SIZE)]) for share in (0, 0.001, 0.3, 0.9, 0.999)),
@@ -116,12 +133,21 @@ QUICK = [
     (junk, [("shards/00001.h5", SIZE)]),
     (missing, [("shards/00001.h5", "is missing")]),
     (half_copied, [(f"shards/0000{k}.{suffix}", "is missing") for k in (1, 2) for suffix in ("h5", "json")]),
-    (extra, [("shards/00003.h5", "is not of this run")]),
+    (extra, [(f"shards/00003.{suffix}", "is not of this run") for suffix in ("h5", "json")]),
     (no_sidecar, [("shards/00002.json", "is missing")]),
     (unfinished, [("index.json", "not finished: 2/3 shards, no index.json")]),
     (no_plan, [("run.json", "no run.json in it")]),
     (only_shards, [("run.json", "no run.json in it"), ("index.json", "not finished: 3 shards, no index.json")]),
     (index_of_another_run, [("index.json", "is not of the run in run.json")]),
+    (index_of_fewer_shards, [("index.json", "is not of the run in run.json")]),
+    (
+        damaged_index_and_a_shard_gone,
+        [
+            ("index.json", "is not an index .*"),
+            *((f"shards/00001.{suffix}", "is missing") for suffix in ("h5", "json")),
+        ],
+    ),
+    (junk_and_no_index, [("index.json", "not finished: 3/3 shards, no index.json"), ("shards/00001.h5", SIZE)]),
 ]
 
 
@@ -195,6 +221,15 @@ def keys(record: dict) -> None:
     del record["sha256"]
 
 
+def size(record: dict) -> None:
+    record["bytes"] += 1
+
+
+def subject_and_no_plan(out: Path) -> None:
+    sidecar(subject)(out)
+    no_plan(out)
+
+
 def one_voxel(out: Path) -> None:
     with h5py.File(out / "shards/00001.h5", locking=False) as file:
         offset = file["baseline"].id.get_chunk_info(3).byte_offset
@@ -216,6 +251,8 @@ FULL = [
     (sidecar(number), [("shards/00001.json", "is of another shard or run")]),
     (sidecar(more), [("shards/00001.json", "is of another shard or run")]),
     (sidecar(keys), [("shards/00001.json", "is not the record of a shard")]),
+    (sidecar(size), [("shards/00001.json", "does not agree with index.json")]),
+    (subject_and_no_plan, [("run.json", ".*"), ("shards/00001.json", "does not agree with index.json")]),
     (one_voxel, [("shards/00001.h5", rf"{SUM} \(samples 3\)")]),
     (attribute, [("shards/00001.h5", rf"{SUM} \(no sample's voxels\)")]),
 ]
