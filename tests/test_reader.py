@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import struct
 from contextlib import suppress
 from pathlib import Path
@@ -105,6 +107,17 @@ def test_a_sample_lies_in_one_piece(tmp_path: Path) -> None:
     start, end = layout.volumes["offset"], layout.volumes["offset"] + layout.volumes["size"]
     assert (start[1:].min(axis=1) >= end[:-1].max(axis=1)).all()
     assert ((start[:, 1:] - end[:, :-1]) < 4096).all()
+
+
+def test_a_disk_may_give_fewer_bytes_than_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, _ = encode_shard([make_sample(k) for k in range(2)], **JSONS)
+    (tmp_path / "0.h5").write_bytes(data)
+    read = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, into, offset: read(file, [into[0][:1000]], offset))
+    shard = ShardReader(tmp_path / "0.h5", sha256=hashlib.sha256(data).digest())
+    for position in range(2):
+        given = shard.volumes(position)
+        assert all(np.array_equal(given[name], values) for name, values in slow(tmp_path / "0.h5", position).items())
 
 
 # Releases after this one
@@ -281,6 +294,14 @@ def unknown_filter(file: h5py.File, other: Path) -> None:
     file.create_dataset("followup", data=values, chunks=(1, *values.shape[1:]), **hdf5plugin.Zstd())
 
 
+def shuffled(file: h5py.File, other: Path) -> None:
+    """Chunks of the right size, their bytes in another order."""
+    values = file["followup"][:]
+    del file["followup"]
+    chunks = (1, *values.shape[1:])
+    file.create_dataset("followup", data=values, chunks=chunks, shuffle=True, fletcher32=True)
+
+
 def terabytes(file: h5py.File, other: Path) -> None:
     """All datasets of the contract, of a size that no disk holds, in a file of a few KB."""
     for name, dtype in TABLE.items():
@@ -349,6 +370,7 @@ ALL_TRICKS = [
     vlen,
     references,
     unknown_filter,
+    shuffled,
     terabytes,
     huge_chunk,
     lying_header,
