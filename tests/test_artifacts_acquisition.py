@@ -65,6 +65,17 @@ def test_clinical_scans_have_thick_slices():
     assert all(p["prefilter"] for (_, p), *_ in drawn(RandomAcquisition(thick_slices=1, untouched=1), 50))
 
 
+def test_artifacts_come_in_the_order_of_a_scan():
+    order = [
+        *("KSpaceMotion", "PolynomialBiasField", "KSpaceGhosting", "SliceThickness", "AnisotropicDownsampling"),
+        *("KSpaceSpike", "GaussianNoise", "GaussianBlur", "UnsharpMask"),
+    ]
+    for preset in ("kamraoui", "clinical"):
+        for steps in drawn(RandomAcquisition(preset), 300):
+            names = [name for name, _ in steps]
+            assert names == sorted(names, key=order.index)
+
+
 def test_severity_zero_is_the_identity():
     x = torch.rand(1, 6, 7, 8)
     assert drawn(RandomAcquisition("kamraoui", severity=0), 20) == [[]] * 20
@@ -79,6 +90,14 @@ def test_steps_are_the_functions_in_order():
     half = acquire(x.half(), steps=steps)
     assert half.dtype == torch.float16
     assert torch.equal(half, acquire(x.half().float(), steps=steps).half()), "rounded once, in the end"
+
+
+def test_no_step_gives_a_copy():
+    x = torch.rand(9, 8, 7)
+    before, same = x.clone(), acquire(x, steps=[])
+    assert torch.equal(same, x)
+    same += 1
+    assert torch.equal(x, before)
 
 
 def test_background():
@@ -125,7 +144,16 @@ def test_bad_arguments():
         ({"count": 10}, "count = 10"),
         ({"artifacts": [GaussianBlur(1.0)]}, "none of"),
         ({"artifacts": [RandomGaussianBlur(p=0.5)]}, "p, include"),
-        ({"artifacts": [RandomGaussianBlur(seed=1)]}, "RandomGaussianBlur has its own"),
+        *(
+            ({"artifacts": [RandomGaussianBlur(**own)]}, "RandomGaussianBlur has its own")
+            for own in (
+                {"seed": 1},
+                {"include": ["flair"]},
+                {"exclude": ["flair"]},
+                {"shared": True},
+                {"correlation": 0.5},
+            )
+        ),
     ]:
         with pytest.raises(ValueError, match=problem):
             RandomAcquisition(**arguments)
