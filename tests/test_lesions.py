@@ -7,8 +7,19 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from synthlong.errors import ConfigError, InputError
-from synthlong.lesions import LesionBank, Shape, build_bank, core, find_lesions, grown, read_bank, write_bank
+from synthlong.lesions import (
+    LesionBank,
+    Shape,
+    build_bank,
+    core,
+    find_lesions,
+    grown,
+    read_bank,
+    shape_of,
+    write_bank,
+)
 from synthlong.manifest import read_cases
+from synthlong.profile import typical
 from synthlong.recipe import draw_recipe, rng_of
 from synthlong.synthesis import SynthesisConfig
 
@@ -74,7 +85,8 @@ def test_a_dumbbell_splits_at_its_neck():
     cut = [np.argwhere(lesions.labels == n)[:, 0] for n in (1, 2)]
     assert cut[0].max() <= 24
     assert cut[1].min() >= 19
-    assert len(find_lesions(mask, max_event_mm3=5000)) == 1  # small enough as a whole
+    for limit in (5000, int(mask.sum())):
+        assert len(find_lesions(mask, max_event_mm3=limit)) == 1  # small enough as a whole
 
 
 @settings(max_examples=10, deadline=None)
@@ -139,11 +151,43 @@ def test_core_of_nothing_and_of_all():
     assert not core(mask, 0).any()
     assert np.array_equal(core(mask, 1), mask)
     assert core(mask, 1) is not mask
+    assert 0 < core(mask, 0.9999).sum() < mask.sum()
     for fraction in (0, 0.5, 1):
         assert not core(np.zeros_like(mask), fraction).any()
     for wrong in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="fraction"):
             core(mask, wrong)
+
+
+def test_a_core_does_not_jump_over_a_neck():
+    """The far end is deep, too, but what leads there is not."""
+    mask = dumbbell()
+    for fraction in (0.4, 0.5, 0.6, 0.7):
+        assert ndimage.label(core(mask, fraction), TOUCHING)[1] == 1
+
+
+def box_of(shape, voxels):
+    box = np.zeros(shape, bool)
+    box.ravel()[:voxels] = True
+    return box
+
+
+@pytest.mark.parametrize(
+    ("shape", "voxels", "kept"),
+    [
+        ((3, 1, 1), 3, False),  # too small
+        ((4, 1, 1), 4, True),
+        ((15, 20, 10), 3000, True),
+        ((15, 20, 11), 3001, False),  # too large
+        ((2, 40, 2), 160, True),
+        ((2, 41, 2), 164, False),  # too wide
+        ((10, 10, 2), 30, True),
+        ((10, 10, 2), 29, False),  # a sheet
+    ],
+)
+def test_what_is_no_lesions_shape_is_left_out(shape, voxels, kept):
+    found = shape_of(box_of(shape, voxels), np.zeros(3, int), np.eye(4))
+    assert (found is not None) == kept
 
 
 def test_grown_is_euclidean():
@@ -196,7 +240,8 @@ def test_a_bank_of_one_s_own_cases(manifest, tmp_path):
     assert 5 < len(read) == len(volumes)
     assert read.volumes_mm3.tolist() == volumes
     np.testing.assert_allclose(read.centres_mm, at, atol=1e-3)
-    assert len(read.profiles) > 0
+    lesions = [find_lesions(case.lesions, max_event_mm3=3000) for case in [*cases, cases[0]]]
+    assert len(read.profiles) == sum(typical(each).sum() for each in lesions) < sum(map(len, lesions))
     assert np.array_equal(read.profiles, bank.profiles)
     drawn = draw_recipe(
         cases[0], SynthesisConfig(lesion_bank=str(tmp_path / "bank.npz"), new_mean=4), rng_of(1, "a", 0)
@@ -224,3 +269,8 @@ def test_damaged_banks_are_refused(tmp_path):
     np.savez(tmp_path / "odd.npz", **dict.fromkeys(("extents", "centres_mm", "volumes_mm3", "bits", "ends"), 1))
     with pytest.raises(InputError, match="bank"):
         read_bank(tmp_path / "odd.npz")
+    one = LesionBank.from_shapes([Shape(np.ones((3, 3, 3), bool), (0.0, 0.0, 0.0))])
+    for n, bank in enumerate((LesionBank.from_shapes([]), replace(one, bits=np.append(one.bits, np.uint8(0))))):
+        write_bank(bank, tmp_path / f"disagrees{n}.npz")
+        with pytest.raises(InputError, match="tables disagree"):
+            read_bank(tmp_path / f"disagrees{n}.npz")
