@@ -8,7 +8,7 @@ from training import SCALING, write_balls, write_scans
 from synthlong.atlas import MNI_VOXELS
 from synthlong.dataset.shards import ShardDataset
 from synthlong.derived import scaling_of
-from synthlong.detection.networks import ConcatUNet
+from synthlong.detection.networks import ConcatUNet, SiameseUNet
 from synthlong.errors import ConfigError, InputError, InputWarning
 from synthlong.protocol import toned
 from synthlong.recipe import Recipe
@@ -45,6 +45,16 @@ def test_patches_are_z_scored_cuts_of_the_boxes(run):
         assert np.allclose(windows(source["followup"][0].numpy(), 8)[place], followup[n, 0] * sd1 + mean1, atol=1e-4)
         assert np.array_equal(windows(source["new_lesions"][0].numpy(), 8)[place], new[n, 0])
         assert n < 3 or Recipe.from_json(source["recipe"]).box.placed == "uniform"
+
+
+def test_only_the_first_kind_of_network_sees_z_scores(run):
+    z_scored, plain = (
+        read_patches(run, side=8, network=network, **SPLIT).draw(np.random.default_rng(0), 6, 3)
+        for network in (ConcatUNet, SiameseUNet)
+    )
+    for scores, visit, (mean, sd) in zip(z_scored[:2], plain[:2], SCALING, strict=True):
+        assert np.allclose(scores * sd + mean, visit, atol=1e-5)
+    assert np.array_equal(z_scored[2], plain[2])
 
 
 def test_positive_patches_hold_a_new_lesion_and_uniform_ones_reach_every_corner(run):
