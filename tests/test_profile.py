@@ -107,6 +107,15 @@ def test_profiles_of_a_scan_are_those_that_it_was_made_with():
     assert measured[1][inner] == pytest.approx(2 * np.array(PROFILE.levels[2:]), abs=0.12)
 
 
+def test_a_faint_halo_around_a_lesion_is_not_taken_for_tissue():
+    labels = ball(4, 32).astype(np.uint8)
+    depth = depth_in(labels)
+    x = raised(np.ones(labels.shape), PROFILE, depth, depth > -2)
+    x[(depth < -2) & (depth > -4)] += 0.1
+    measured = profiles_in(x, find_lesions(labels, max_event_mm3=3000.0))
+    assert measured[0, 3:6] == pytest.approx(PROFILE.levels[2:], abs=0.085)
+
+
 def test_a_drawn_profile_is_that_of_a_lesion_of_its_size():
     measured = np.array([[np.log(10), *[0.2] * 10], [np.log(1000), *[0.8] * 10]], np.float32)
     rng = np.random.default_rng(0)

@@ -41,6 +41,14 @@ def test_texture_is_measured_on_tissue_alone():
     assert texture.correlation == pytest.approx([neighbours(x[12:, 12:28, 12:], a) for a in range(3)], abs=0.1)
 
 
+def test_a_few_bright_spots_are_no_texture():
+    x = grainy((48, 48, 48), 0.05, (0.5, 0.5, 0.5), seed=0)
+    spots = np.random.default_rng(1).random(x.shape) < 5e-4
+    even, spotted = (texture_of(image, np.zeros(x.shape)) for image in (x, x + 3 * spots.astype(np.float32)))
+    assert spotted.sd == pytest.approx(even.sd, rel=0.05)
+    assert spotted.correlation == pytest.approx(even.correlation, abs=0.05)
+
+
 def test_texture_of_an_image_without_tissue_is_none():
     nothing = np.zeros((12, 12, 12), np.float32)
     assert texture_of(nothing, nothing).sd == 0
