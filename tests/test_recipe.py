@@ -187,16 +187,23 @@ def test_voxels_are_counted(recipes, real_case):
             assert (event.voxels[1] > 0) == (event.at_followup > 0)
 
 
-def test_synthetic_lesions_keep_their_distance(real_case):
-    bank, allowed = read_bank(), allowed_of(real_case, DEFAULT.margin)
+def check_distances(case, recipe):
+    bank, allowed = read_bank(), allowed_of(case, DEFAULT.margin)
+    placed = [
+        np.argwhere(m) + [b.start for b in box]
+        for m, box in (site_mask(e.site, bank, allowed) for e in recipe.events if e.site)
+    ]
+    for a, b in itertools.combinations(placed, 2):
+        assert np.linalg.norm(a[:, None] - b[None], axis=2).min() > DEFAULT.margin
+
+
+def test_synthetic_lesions_keep_their_distance(real_case, small_case):
     for k in range(20):
-        recipe = draw(real_case, k, stable_mean=8.0)
-        placed = [
-            np.argwhere(m) + [b.start for b in box]
-            for m, box in (site_mask(e.site, bank, allowed) for e in recipe.events if e.site)
-        ]
-        for a, b in itertools.combinations(placed, 2):
-            assert np.linalg.norm(a[:, None] - b[None], axis=2).min() > DEFAULT.margin
+        check_distances(real_case, draw(real_case, k, stable_mean=8.0))
+    for k in range(3):  # crowded
+        recipe = draw(small_case, k, stable_mean=30.0, volume_median_mm3=4.0, volume_log_sd=0.0)
+        assert sum(e.site is not None for e in recipe.events) > 20
+        check_distances(small_case, recipe)
 
 
 def test_no_new_lesions_at_all(real_case):
