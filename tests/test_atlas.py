@@ -3,6 +3,7 @@ import itertools
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from synthlong import atlas, prior
 from synthlong.assets import build
@@ -165,6 +166,13 @@ def test_floor_keeps_the_brain_possible_and_the_mean(brain):
     assert np.isclose(mixed[brain].mean(dtype=float), frequency[brain].mean(dtype=float), rtol=1e-3)
     at = brain & (frequency > 0)
     assert np.array_equal(prior.with_floor(frequency, floor=0)[at], frequency[at])
+
+
+def test_nothing_is_possible_more_than_3_mm_beyond_the_brain(brain):
+    possible = prior.with_floor(np.full(MNI_SHAPE, 0.1, np.float32)) > 0
+    slab = np.s_[:, :, 60:70]  # at the top of the temporal lobes
+    near = ndimage.distance_transform_edt(~brain[slab]) <= 3
+    assert np.array_equal(possible[slab][..., 3:-3], near[..., 3:-3])
 
 
 def test_held_out_likelihood_against_a_plain_computation(brain):
