@@ -174,6 +174,11 @@ def test_coarser_voxels_are_averages(coarser):
     assert spread == pytest.approx(np.sqrt(sd**2 + (coarser**2 - 1) / (8 * np.log(2))), rel=0.015)
 
 
+def test_nearest_neighbours_are_not_averaged():
+    labels = np.random.default_rng(0).integers(0, 4, (12, 10, 8))
+    assert np.array_equal(resample(labels, np.diag([2.0, 2, 2, 1]), (6, 5, 4), order=0), labels[::2, ::2, ::2])
+
+
 def test_fine_stripes_do_not_come_out_coarse():
     stripes = np.indices((40, 8, 8))[0] % 2 * 2.0 - 1
     target = Grid((20, 8, 8), np.diag([2.0, 1, 1, 1]))
