@@ -139,6 +139,9 @@ def test_a_patient_may_have_several_pairs(scans, tmp_path):
     assert len(twice._scans) == 3
     rng = np.random.default_rng(0)
     assert all(len(d) == 5 for d in twice.draw(rng, 5, 2))
+    nothing_new = scans.read_text().splitlines()[3].replace("c,", f"{row[0]},", 1)
+    again.write_text("\n".join([header, row, other, nothing_new]) + "\n")
+    check_folds(again, [0, 1], of=2)  # one of a patient's pairs is enough
 
 
 def test_a_patient_cannot_be_on_both_sides_unnoticed(scans):
