@@ -101,6 +101,19 @@ def test_it_is_what_monai_gives(kind, window, networks, visits):
     assert np.array_equal(ours > 0.5, theirs > 0.5)
 
 
+def test_a_grid_narrower_than_a_window_is_padded_with_its_darkest_value(networks, visits):
+    before, after, brain, _ = visits
+    before, after = before - 1, after - 2  # as z-scores, whose background is below 0
+    pads = [(max(32 - n, 0) // 2, max(32 - n, 0) - max(32 - n, 0) // 2) for n in SHAPE]
+    wide = [np.pad(v, pads, constant_values=v.min()) for v in (before, after, brain)]
+    own, padded = (
+        slide([networks[KINDS[0]]], (*v, None), window=32, stride=24) for v in ((before, after, brain), wide)
+    )
+    inner = tuple(slice(a, a + n) for (a, _), n in zip(pads, SHAPE, strict=True))
+    assert padded.shape > own.shape
+    assert np.array_equal(own, padded[inner])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_mirrored_is_the_mean_with_what_the_mirror_image_gives(kind, networks, visits):
     wide = WINDOW + STRIDE  # windows then lie alike in the mirror image
