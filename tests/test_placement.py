@@ -198,6 +198,19 @@ def test_a_centre_outside_the_tissue_gives_nothing():
     assert not site_mask(Site(0, False, (5, 5, 5)), cube_bank(3), np.zeros((10, 10, 10), bool))[0].any()
 
 
+def test_the_shape_that_fits_is_taken():
+    """Of two as likely, the one along the corridor, whichever is drawn first."""
+    bank = LesionBank.from_shapes([Shape(np.ones(n, bool), (0.0, 0.0, 0.0)) for n in ((15, 5, 5), (5, 15, 5))])
+    allowed, taken = np.zeros((40, 40, 40), bool), np.zeros((40, 40, 40), bool)
+    allowed[:, 17:22, 17:22] = True
+    places = PlacementMap(np.array([np.ravel_multi_index((20, 19, 19), allowed.shape)], np.int32), np.ones(1))
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        hit = draw_site(rng, places, allowed, taken, bank, np.eye(4), volume_mm3=375)
+        assert hit
+        assert hit[0].shape == 0
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10**6))
 def test_taken_voxels_are_kept_clear(seed):
