@@ -16,6 +16,7 @@ from synthlong.profile import (
     raised,
     soft_depth,
     typical,
+    visible,
 )
 
 PROFILE = Profile((0.02, 0.1, 0.3, 0.5, 0.6), (0.0,) * 5)
@@ -127,6 +128,14 @@ def test_a_drawn_profile_is_that_of_a_lesion_of_its_size():
         assert np.array_equal(drawn, drawn.round(4))
     again = [draw_profile(np.random.default_rng(3), measured, volume_mm3=50.0) for _ in range(2)]
     assert again[0] == again[1]
+
+
+def test_visible_lesions_are_brighter_than_tissue_inside():
+    """By 0.1 on average below the border; what lies outside does not count."""
+    inside = np.array([0.0, 0.05, 0.09, 0.11, 0.5], np.float32)
+    rows = np.zeros((5, 11), np.float32)
+    rows[:, 0], rows[:, 1:3], rows[:, 3:6] = np.arange(5), 9, inside[:, None]
+    assert visible(rows)[:, 0].tolist() == [3, 4]
 
 
 def test_typical_lesions_lie_alone():

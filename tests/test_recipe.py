@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from synthlong.derived import lesions_of
+from synthlong.derived import lesions_of, profiles_of
 from synthlong.errors import ConfigError
 from synthlong.event import LesionEvent
 from synthlong.lesions import core, read_bank
@@ -211,6 +211,23 @@ def test_no_new_lesions_at_all(real_case):
         assert all(e.kind != "new" for e in draw(real_case, k, with_new_lesions=0).events)
     always = [draw(real_case, k, with_new_lesions=1) for k in range(30)]
     assert all(any(e.kind == "new" for e in r.events) for r in always)
+
+
+def test_there_are_no_more_new_lesions_and_no_larger_ones_than_allowed(small_case):
+    always = {"with_new_lesions": 1, "real_share": 0}
+    many = [draw(small_case, k, new_mean=50, new_max=2, **always) for k in range(5)]
+    assert {sum(e.kind == "new" for e in r.events) for r in many} == {2}
+    small = [draw(small_case, k, new_mean=5, volume_log_sd=3, max_event_mm3=50, **always) for k in range(5)]
+    shapes = [e.site.shape for r in small for e in r.events if e.site]
+    assert read_bank().volumes_mm3[shapes].max() < 100  # of about the wanted volume
+
+
+def test_a_case_of_few_lesions_gets_visible_ones_that_vary_as_those_of_the_bank(small_case):
+    recipes = [draw(small_case, k, stable_mean=30, volume_median_mm3=4) for k in range(3)]
+    levels = np.array([e.profile.levels for r in recipes for e in r.events if e.profile])
+    own = profiles_of(small_case, DEFAULT.max_event_mm3)[:, 3]  # at half a voxel's depth
+    assert levels[:, 2].min() < 0.5 * own.min()
+    assert levels[:, 2:].mean(axis=1).min() > 0.07  # 0.1, or a little fainter
 
 
 def test_boxes_around_events_hold_a_voxel_of_one(recipes, real_case):
