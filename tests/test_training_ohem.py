@@ -126,6 +126,22 @@ def test_the_hardest_are_those_that_the_average_gets_most_wrong(model):
     assert torch.allclose(errors[it.hardest(*batch)], errors.topk(4).values, atol=1e-6)
 
 
+def test_each_process_keeps_its_share_of_the_hardest(model):
+    it = model(replace(CONFIG, devices=2))
+    batch = [torch.from_numpy(d) for d in CONFIG.draw(it._training, 0, 0)]
+    assert len(it.hardest(*batch)) == CONFIG.batch // 2
+
+
+def test_predictions_in_bf16_are_rough_and_returned_in_float32(model):
+    it = model()
+    visits = torch.rand(2, 6, 1, 16, 16, 16)
+    with torch.no_grad():
+        exact, rough = (losses.predicted(it.network, visits, precision) for precision in ("float32", "bf16"))
+        assert torch.allclose(exact, it.network(*visits), atol=1e-5)
+    assert exact.dtype == rough.dtype == torch.float32
+    assert 0 < (exact - rough).abs().max() < 0.1
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_the_average_follows(model, momentum):
     it = model(replace(CONFIG, momentum=momentum))
