@@ -15,6 +15,7 @@ from scipy import ndimage, stats
 import synthlong.case as module
 from synthlong.case import Case, read_case, read_lesions
 from synthlong.errors import InputError, InputWarning
+from synthlong.hole import FLUID
 from synthlong.looks import check_looks
 from synthlong.tissue import CSF, WHITE
 
@@ -561,9 +562,10 @@ def test_a_mask_of_the_mirrored_grid_is_refused(read, edge):
 
 
 def test_tissue_labels_are_taken_as_given(read, edge):
-    limits = np.quantile(edge.flair[edge.brain > 0], (0.2, 0.6))
+    limits = np.quantile(edge.flair[edge.brain > 0], (0.03, 0.6))
     labels = np.where(edge.brain > 0, 1 + np.digitize(edge.flair, limits), 0).astype(np.uint8)
     case = read(edge.flair, edge.mask, edge.affine, tissue=labels)
+    assert (case.flair[case.tissue == 2] < FLUID).any()  # dark, but said to be gray matter
     assert np.array_equal(case.tissue, np.where(case.brain > 0, labels, 0))
     with refused("tissue", "labels other than 0-3", "1 CSF, 2 GM, 3 WM"):
         read(edge.flair, edge.mask, edge.affine, tissue=labels + 1)
