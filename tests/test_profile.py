@@ -91,6 +91,10 @@ def test_levels_that_a_small_lesion_lacks_are_those_above():
     profile = profile_of(np.where(mask, 0.7, 0.1), depth_in(mask), np.ones(mask.shape, bool))
     assert profile.levels == pytest.approx((0.1, 0.1, 0.7, 0.7, 0.7))
     assert profile.spreads == pytest.approx((0,) * 5, abs=1e-9)
+    rough = np.random.default_rng(0).normal(0, 0.2, mask.shape)
+    spreads = profile_of(rough, depth_in(mask), np.ones(mask.shape, bool)).spreads
+    assert spreads[1] > 0.05
+    assert spreads[1:] == (spreads[1],) * 4
 
 
 def test_profiles_of_a_scan_are_those_that_it_was_made_with():
@@ -106,6 +110,7 @@ def test_profiles_of_a_scan_are_those_that_it_was_made_with():
     inner = [LEVELS.index(level) + 1 for level in (0.5, 1.5, 2.5)]
     assert measured[0, inner] == pytest.approx(PROFILE.levels[2:], abs=0.06)
     assert measured[1][inner] == pytest.approx(2 * np.array(PROFILE.levels[2:]), abs=0.12)
+    assert measured[:, 2] == pytest.approx([0.1, 0.2], abs=0.06)  # half a voxel outside the mask
 
 
 def test_a_faint_halo_around_a_lesion_is_not_taken_for_tissue():

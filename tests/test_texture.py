@@ -49,6 +49,11 @@ def test_a_few_bright_spots_are_no_texture():
     assert spotted.correlation == pytest.approx(even.correlation, abs=0.05)
 
 
+def test_texture_of_little_tissue_is_that_of_all_of_it():
+    few = grainy((48, 48, 48), 0.05, (0.5, 0.5, 0.5), seed=0)[:7, :7, :7]
+    assert texture_of(few, np.zeros(few.shape)).sd == pytest.approx(0.05, rel=0.25)
+
+
 def test_texture_of_an_image_without_tissue_is_none():
     nothing = np.zeros((12, 12, 12), np.float32)
     assert texture_of(nothing, nothing).sd == 0
@@ -88,6 +93,8 @@ def test_mottle_is_as_strong_as_asked_for():
     less = mottle(x, weight, texture, spread=spread, there=there, seed=1) - x
     assert less[:20, 4:].std() == pytest.approx(np.sqrt(0.1**2 - 0.08**2), rel=0.15)
     assert np.array_equal(mottle(x, weight, texture, spread=0 * spread, there=there, seed=1), x)
+    dark = mottle(x * np.float32(0.05), weight, texture, spread=spread, there=np.zeros_like(x), seed=1)
+    assert dark.min() == 0
 
 
 def test_grain_fills_up_what_has_faded_at_a_soft_edge():
