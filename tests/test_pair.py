@@ -357,6 +357,17 @@ def test_what_moves_into_a_box_is_the_head_around_it(pairs, whole_case, orientat
     assert np.abs(np.where(plain.followup > 0.65, alone, 0)[faces]).mean() > 1.8 * inner
 
 
+def test_motion_is_the_same_at_either_visit(small_case):
+    motion = {"degrees": [[4.0, -3.0, 2.0]], "translation_mm": [[2.0, 3.0, -3.0]], "times": [0.6], "axis": 1}
+    steps = (("KSpaceMotion", motion),)
+    recipe = replace(with_events(small_case, [(1, 1)] * 3), box=Box((8, 9, 7), 24, "uniform"))
+    first = rendered(small_case, replace(recipe, artifacts=Artifacts(baseline=steps)))
+    last = rendered(small_case, replace(recipe, artifacts=Artifacts(followup=steps)))
+    assert np.array_equal(first.baseline, last.followup)
+    assert np.array_equal(first.followup, last.baseline)
+    assert not np.array_equal(first.baseline, last.baseline)
+
+
 def test_artifacts_on_a_whole_grid_that_cannot_turn(small_case):
     """They follow the axes of the turned box all the same."""
     arrays = {name: getattr(small_case, name)[:, :, 1:] for name in ("flair", "lesions", "brain", "tissue", "healthy")}

@@ -255,6 +255,8 @@ def test_boxes_around_events_hold_a_voxel_of_one(recipes, real_case):
 def test_around_events_is_honoured(real_case):
     assert all(draw(real_case, k, around_events=1).box.placed == "event" for k in range(20))
     assert all(draw(real_case, k, around_events=0).box.placed == "uniform" for k in range(20))
+    no_change = {"with_new_lesions": 0, "vanished_mean": 0, "enlarging_mean": 0, "shrinking_mean": 0}
+    assert all(draw(real_case, k, around_events=1, **no_change).box.placed == "event" for k in range(5))
 
 
 def test_boxes_lie_in_the_grid_where_it_is_large_enough(recipes, real_case, small_case):
