@@ -225,6 +225,14 @@ def size(record: dict) -> None:
     record["bytes"] += 1
 
 
+def enormous(record: dict) -> None:
+    record["bytes"] = 2**63
+
+
+def fewer_sums(record: dict) -> None:
+    del record["samples"][2]["crc32c"]["evolution"]
+
+
 def subject_and_no_plan(out: Path) -> None:
     sidecar(subject)(out)
     no_plan(out)
@@ -250,7 +258,10 @@ FULL = [
     (sidecar(subject), [("shards/00001.json", "is of another shard or run")]),
     (sidecar(number), [("shards/00001.json", "is of another shard or run")]),
     (sidecar(more), [("shards/00001.json", "is of another shard or run")]),
-    (sidecar(keys), [("shards/00001.json", "is not the record of a shard")]),
+    *(
+        (sidecar(change), [("shards/00001.json", "is not the record of a shard")])
+        for change in (keys, enormous, fewer_sums)
+    ),
     (sidecar(size), [("shards/00001.json", "does not agree with index.json")]),
     (subject_and_no_plan, [("run.json", ".*"), ("shards/00001.json", "does not agree with index.json")]),
     (one_voxel, [("shards/00001.h5", rf"{SUM} \(samples 3\)")]),
