@@ -132,6 +132,13 @@ def test_each_process_keeps_its_share_of_the_hardest(model):
     assert len(it.hardest(*batch)) == CONFIG.batch // 2
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_all_are_validated_on_the_same_share_of_positive_patches(model, share):
+    it = model(replace(CONFIG, positive_share=share))
+    same, other = it.validation(), model().validation()
+    assert all(np.array_equal(a, b) for a, b in zip(same, other, strict=True))
+
+
 def test_predictions_in_bf16_are_rough_and_returned_in_float32(model):
     it = model()
     visits = torch.rand(2, 6, 1, 16, 16, 16)

@@ -115,6 +115,8 @@ def test_whole_scans(scans):
     baseline, followup, new = patches.draw(np.random.default_rng(0), 8, 4)
     assert new[:4].any(axis=(1, 2, 3, 4)).all()
     assert baseline.shape == (8, 1, 16, 16, 16)
+    uniform = patches.draw(np.random.default_rng(1), 30, 0)[2]
+    assert not uniform.any(axis=(1, 2, 3, 4)).all()
     with_surroundings = wider.draw(np.random.default_rng(0), 8, 4)
     for bare, wide in zip((baseline, followup, new), with_surroundings, strict=True):
         assert np.array_equal(bare, wide[..., 6:-6, 6:-6, 6:-6])
