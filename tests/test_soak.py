@@ -21,7 +21,7 @@ from synthlong.errors import ShardCorruptError
 PUBLISH = """
 import sys
 from pathlib import Path
-from synthlong.dataset.writer import publish
+from synthlong.publishing import publish
 data = Path(sys.argv[1]).read_bytes()
 out = Path(sys.argv[2])
 print("ready", flush=True)
