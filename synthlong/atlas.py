@@ -21,6 +21,8 @@ from synthlong.nifti import read_nifti
 
 __all__ = [
     "MNI_SHAPE",
+    "MNI_VOXELS",
+    "Array",
     "decode_log",
     "lesion_prior",
     "mirror",

@@ -15,7 +15,7 @@ from scipy import ndimage
 
 from synthlong.compiling import compiled
 
-__all__ = ["FLUID", "REACH", "corrupt", "first_guess", "hole_in", "noise", "soft_hole"]
+__all__ = ["FLUID", "REACH", "corrupt", "faded", "first_guess", "grown_box", "hole_in", "noise", "soft_hole"]
 
 REACH = 3
 """Voxels by which a hole can reach beyond its mask: outside that distance nothing is ever changed."""

@@ -26,7 +26,7 @@ from synthlong.sampling import MOST_DRAWS, Sample, draw_variation, vary
 from synthlong.texture import roughen, texture_of
 from synthlong.weights import TrainedNetwork
 
-__all__ = ["HealthySampler", "Inpainter", "heal"]
+__all__ = ["HealthySampler", "Inpainter", "crop", "heal"]
 
 NETWORK = UNetConfig(in_channels=3, out_channels=1)
 _WINDOW, _STRIDE = 48, 32

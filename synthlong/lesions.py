@@ -31,6 +31,8 @@ __all__ = [
     "build_bank",
     "core",
     "find_lesions",
+    "grown",
+    "read_bank",
     "shape_of",
     "shapes_in",
     "write_bank",

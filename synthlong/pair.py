@@ -36,7 +36,7 @@ from synthlong.recipe import Recipe
 from synthlong.resampling import shifted
 from synthlong.tissue import GRAY
 
-__all__ = ["Painter", "Pair", "painter_of", "render"]
+__all__ = ["ENLARGED", "NEW", "SHRUNK", "STABLE", "VANISHED", "Painter", "Pair", "painter_of", "render"]
 
 STABLE, NEW, VANISHED, ENLARGED, SHRUNK = 1, 2, 3, 4, 5
 

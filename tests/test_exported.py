@@ -1,3 +1,4 @@
+import ast
 import subprocess
 import sys
 from importlib import import_module
@@ -7,6 +8,7 @@ import pytest
 
 import synthlong
 import synthlong.detection
+import synthlong.preparation
 
 ROOT = Path(synthlong.__file__).parent
 MODULES = sorted(
@@ -28,7 +30,15 @@ def test_each_module_says_what_it_exports(name):
     assert list(module.__all__) == sorted(set(module.__all__), key=group)
 
 
-@pytest.mark.parametrize("package", [synthlong, synthlong.detection])
+def test_what_other_modules_import_is_exported():
+    for path in ROOT.rglob("*.py"):
+        imports = (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom))
+        for node in imports:
+            if node.module in MODULES:
+                assert {n.name for n in node.names} <= set(import_module(node.module).__all__), (path, node.module)
+
+
+@pytest.mark.parametrize("package", [synthlong, synthlong.detection, synthlong.preparation])
 def test_lazy_names_resolve(package):
     for name in package.__all__:
         assert getattr(package, name) is not None

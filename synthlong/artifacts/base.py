@@ -26,7 +26,7 @@ from torchio.transforms.intensity_transform import IntensityTransform
 
 from synthlong.artifacts.ranges import check_axis, check_number
 
-__all__ = ["Artifact", "RandomArtifact", "axial_axis", "on_axis", "softened", "spacing_of"]
+__all__ = ["Artifact", "Params", "RandomArtifact", "axial_axis", "on_axis", "softened", "spacing_of"]
 
 Params = dict[str, Any]
 

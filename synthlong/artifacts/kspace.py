@@ -22,7 +22,7 @@ from torch import Tensor
 
 from synthlong.networks import exact_products, one_thread
 
-__all__ = ["add_filtered"]
+__all__ = ["Mask", "add_filtered"]
 
 Mask = tuple[float, ...]
 """A factor for each plane of k-space, from one end to the other; the centre is plane n // 2."""

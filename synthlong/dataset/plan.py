@@ -26,6 +26,7 @@ from synthlong.publishing import canonical_json, publish
 from synthlong.synthesis import SynthesisConfig
 
 __all__ = [
+    "PROBE",
     "adopt_plan",
     "asset_hashes",
     "bundled_cases",
