@@ -6,13 +6,13 @@ from pathlib import Path
 
 import typer
 
-from .options import Prefer
+from .options import PREFER, Prefer
 
 
 def atlas(
     masks: list[Path] = typer.Argument(..., help="Lesion masks in MNI152 space, any orientation and voxel size."),
     out: Path = typer.Option(..., "-o", "--out", help="Prior to write (.nii.gz); use it as `prior` in a config."),
-    prefer: Prefer = typer.Option(None, help="Which of two disagreeing orientations to use."),
+    prefer: Prefer = PREFER,
 ) -> None:
     """Build a lesion prior; several masks of one `sub-ID` count as one patient."""
     from synthlong.prior import patient_in, write_prior

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from .options import Prefer
+from .options import PREFER, Prefer
 
 
 def augment(
@@ -21,7 +21,7 @@ def augment(
     settings: list[str] = typer.Option(
         [], "--set", help="key=value, e.g. degrees=5 (draws from -5..5) or degrees=5,5 (is 5); can be repeated."
     ),
-    prefer: Prefer = typer.Option(None, help="Which of two disagreeing orientations to use."),
+    prefer: Prefer = PREFER,
 ) -> None:
     """Put one MRI artifact on a scan; the header's geometry is kept."""
     import json

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import typer
 
-from .options import Prefer
+from .options import PREFER, Prefer
 
 
 def check(
     cases: Path = typer.Argument(..., help="Manifest (CSV: subject,flair,mask[,session,...]) or folder of cases."),
-    prefer: Prefer = typer.Option(None, help="Which of two disagreeing orientations to use."),
+    prefer: Prefer = PREFER,
 ) -> None:
     """Read and validate every case: one line each; exit code 1 if one cannot be used."""
     import warnings

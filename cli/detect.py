@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from .options import Prefer
+from .options import PREFER, Prefer
 
 _SHIPPED = ("concat", "siamese")
 
@@ -42,7 +42,7 @@ def detect(
     precision: Precision = typer.Option(Precision.auto, help="auto: bf16 where it does not change the mask."),
     device: str = typer.Option(None, help="Torch device, e.g. cuda:0.  [default: cpu, or what --config says]"),
     threads: int = typer.Option(0, min=0, help="CPU threads; 0: all. They change no bit."),
-    prefer: Prefer = typer.Option(None, help="Which of two disagreeing orientations to use."),
+    prefer: Prefer = PREFER,
 ) -> None:
     """Find the lesions of a follow-up that the baseline does not have.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from .options import Prefer
+from .options import PREFER, Prefer
 
 if TYPE_CHECKING:
     from synthlong.detection.scores import LesionScores
@@ -19,7 +19,7 @@ def evaluate(
     prediction: Path = typer.Option(..., help="Predicted mask, or a folder of them under the same file names."),
     out: Path = typer.Option(..., "-o", "--out", help="CSV file to write, a row per patient."),
     against: Path = typer.Option(None, help="Another method's masks: scored too, and compared by a Wilcoxon test."),
-    prefer: Prefer = typer.Option(None, help="Which of two disagreeing orientations to use."),
+    prefer: Prefer = PREFER,
 ) -> None:
     """Score predicted masks of new lesions as the MSSEG-2 challenge does.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from .options import Prefer
+from .options import PREFER, Prefer
 
 
 class Task(StrEnum):
@@ -39,7 +39,7 @@ def fit(
     precision: str = typer.Option(None, help="bf16, float32 or auto.  [default: auto]"),
     loss: str = typer.Option(None, help="mse, or charbonnier: linear for large errors.  [default: mse]"),
     licence: str = typer.Option("unknown", help="Licence of the data, for the card."),
-    prefer: Prefer = typer.Option(None, help="Which of two disagreeing orientations to use."),
+    prefer: Prefer = PREFER,
 ) -> None:
     """Train a synthesis network on single-visit scans with lesion masks.
 

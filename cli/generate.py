@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from .options import Prefer
+from .options import PREFER, Prefer
 
 
 def generate(
@@ -21,7 +21,7 @@ def generate(
     device: str = typer.Option(None, help="Torch device of the networks, e.g. cuda:0."),
     strict: bool = typer.Option(False, "--strict", help="Write nothing if a case cannot be used."),
     break_lock: bool = typer.Option(False, "--break-lock", help="Take the folder from a writer that is gone."),
-    prefer: Prefer = typer.Option(None, help="Which of two disagreeing orientations to use."),
+    prefer: Prefer = PREFER,
 ) -> None:
     """Make a data set of synthetic longitudinal pairs from single-visit scans."""
     from dataclasses import replace

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+import typer
+
 from synthlong.errors import ConfigError
 
-__all__ = ["Prefer", "each_with", "ranges_of"]
+__all__ = ["PREFER", "Prefer", "each_with", "ranges_of"]
 
 
 class Prefer(StrEnum):
@@ -14,6 +16,10 @@ class Prefer(StrEnum):
 
     sform = "sform"
     qform = "qform"
+
+
+PREFER = typer.Option(None, help="Which of two disagreeing orientations to use.")
+"""`--prefer`, for each verb that reads scans."""
 
 
 def each_with(arguments: list[str], option: str, ending: str) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from .options import Prefer
+from .options import PREFER, Prefer
 
 
 class Recipe(StrEnum):
@@ -28,7 +28,7 @@ def prepare(
     device: str = typer.Option(None, help="Torch device of HD-BET and the inpainter, e.g. cuda:0."),
     break_lock: bool = typer.Option(False, "--break-lock", help="Take the folder from a writer that is gone."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Say what would be prepared, write nothing."),
-    prefer: Prefer = typer.Option(None, help="Which of two disagreeing orientations to use."),
+    prefer: Prefer = PREFER,
 ) -> None:
     """Prepare raw scans: brain, denoising, bias field, registration to MNI space, intensities, tissue."""
     from dataclasses import replace

@@ -16,7 +16,7 @@ import typer
 
 from synthlong.errors import ConfigError, name_of
 
-from .options import Prefer
+from .options import PREFER, Prefer
 
 if TYPE_CHECKING:
     from synthlong.training.training_config import TrainingConfig
@@ -43,7 +43,7 @@ def _shared(
     device: str = typer.Option(None, help="cpu or cuda.  [default: cpu]"),
     devices: int = typer.Option(None, help="GPUs or processes of a node.  [default: 1]"),
     nodes: int = typer.Option(None, help="Nodes.  [default: 1]"),
-    prefer: Prefer = typer.Option(None, help="Which of two disagreeing orientations to use."),
+    prefer: Prefer = PREFER,
     threads: int = typer.Option(
         0, min=0, help="CPU threads; 0: all. With 1 the weights come out the same, bit for bit."
     ),

@@ -10,14 +10,11 @@ Format: NIfTI-1.1 and NIfTI-2, single file, plain or gzip (https://nifti.nimh.ni
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import secrets
 import stat
 import struct
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -28,7 +25,8 @@ from nibabel.quaternions import quat2mat
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import ArrayLike, NDArray
 
-from synthlong.errors import ConfigError, InputError, OutputError
+from synthlong.errors import ConfigError, InputError
+from synthlong.publishing import publish
 
 __all__ = ["TOLERANCE_MM", "Volume", "corner_distance_mm", "read_nifti", "sidecar_of", "write_nifti"]
 
@@ -165,19 +163,7 @@ def write_nifti(
     if path.name.endswith(".gz"):
         member = zlib.compressobj(6, zlib.DEFLATED, 31)  # zlib's own header: no time, no name
         content = member.compress(content) + member.flush()
-    temporary = path.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        with temporary.open("xb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        problem = f"cannot be written ({error.strerror})"
-        raise OutputError(path, problem, "check the folder, its permissions and free space") from None
-    finally:
-        with suppress(OSError):  # gone already if all went well
-            temporary.unlink()
+    publish(path, content)
 
 
 def sidecar_of(path: Path) -> Path:

@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 from synthlong.errors import ConfigError, short
 
@@ -17,6 +17,8 @@ __all__ = ["Options"]
 @dataclass(frozen=True)
 class Options:
     """Base of the configs; a subclass calls `super().__post_init__()`, then `check` for each range.
+
+    The values of an option whose type is a `Literal` are checked here.
 
     An option may be a config itself: a table in a file, whose options overrule those of its default.
 
@@ -30,6 +32,10 @@ class Options:
         for option in fields(self):
             value = _plain(option.name, getattr(self, option.name), option.default)
             object.__setattr__(self, option.name, value)
+        for name, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal:
+                *most, last = choices = get_args(kind)
+                self.check((name,), choices.__contains__, f"{', '.join(most)} or {last}")
 
     @classmethod
     def from_toml(cls, path: str | Path, **overruling: Any) -> Self:

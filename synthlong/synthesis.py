@@ -110,13 +110,6 @@ class SynthesisConfig(Options):
         self.check(("contrast",), lambda v: _rising(v, 0.05, 3), "two numbers in [0.05, 3], rising")
         self.check(("registration_sd_mm",), lambda v: 0 <= v <= 0.4, "in [0, 0.4] mm")
         self.check(("protocol_spread",), lambda v: 0 <= v <= 0.5, "in [0, 0.5]")
-        artifacts = ("mild", "kamraoui", "clinical", "none", "before_editing")
-        self.check(("artifacts",), lambda v: v in artifacts, "mild, kamraoui, clinical, none or before_editing")
-        self.check(("orientations",), lambda v: v in ("all", "mirror", "none"), "all, mirror or none")
-        painters = ("network", "copypaste", "ellipsoid")
-        self.check(("painter",), lambda v: v in painters, "network, copypaste or ellipsoid")
-        self.check(("precision",), lambda v: v in ("auto", "bf16", "float32"), "auto, bf16 or float32")
-        self.check(("compression",), lambda v: v in ("blosc-lz4", "none"), "blosc-lz4 or none")
 
 
 def _rising(values: tuple[float, ...], low: float, high: float) -> bool:

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import synthlong.nifti as module
 from synthlong.errors import ConfigError, InputError, OutputError
 from synthlong.nifti import read_nifti, write_nifti
 
@@ -584,7 +583,7 @@ def test_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OutputError, match="No space left on device"):
         write_nifti(path, DATA + 1, AFFINE)
     assert path.read_bytes() == before

@@ -55,9 +55,5 @@ class PreparationConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check(("recipe",), lambda v: v in ("kamraoui", "schmidt"), "kamraoui or schmidt")
-        self.check(("visits",), lambda v: v in ("rigid", "affine"), "rigid or affine")
-        self.check(("brain",), lambda v: v in ("fast", "accurate"), "fast or accurate")
-        self.check(("precision",), lambda v: v in ("auto", "bf16", "float32"), "auto, bf16 or float32")
         self.check(("device",), lambda v: v.split(":")[0] in ("cpu", "cuda"), "cpu, or cuda, cuda:0, ...")
         self.check(("spacing_mm",), lambda v: 0.3 <= v <= 2, "in [0.3, 2] mm")
