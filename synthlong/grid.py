@@ -14,10 +14,27 @@ from synthlong.errors import InputError, InputWarning, short
 from synthlong.nifti import Volume
 from synthlong.resampling import carry_mask, resample
 
-__all__ = ["SMALLEST_SIDE_MM", "WorkingGrid"]
+__all__ = ["SMALLEST_SIDE_MM", "WorkingGrid", "check_extent", "lies_along_axes"]
 
 SMALLEST_SIDE_MM = 16
 _LARGEST_SIDE_MM = 512
+
+
+def lies_along_axes(volume: Volume) -> bool:
+    """Whether a volume's voxels lie along the axes of space in steps of 1 mm, in any of the 48 orientations."""
+    orientation = nib.orientations.io_orientation(volume.affine)
+    turned = volume.affine @ nib.orientations.inv_ornt_aff(orientation, volume.data.shape)
+    return bool(np.abs(turned[:3, :3] - np.eye(3)).max() < 1e-3)
+
+
+def check_extent(volume: Volume) -> None:
+    """Raise an InputError unless a volume is of a head's size, or of a part of one."""
+    extent = np.array(volume.data.shape) * np.linalg.norm(volume.affine[:3, :3], axis=0)
+    if extent.min() < SMALLEST_SIDE_MM - 0.5:
+        way = f"pass at least {SMALLEST_SIDE_MM} mm a side"
+        raise InputError(volume.path, f"the scan is only {extent.min():.0f} mm wide", way)
+    if extent.max() > _LARGEST_SIDE_MM:
+        raise InputError(volume.path, f"the scan spans {extent.max():.0f} mm", "check the header's voxel size")
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,14 +68,8 @@ class WorkingGrid:
         if sides.max() > 3.01 * sides.min():
             text = f"very anisotropic voxels, {' x '.join(f'{s:.2g}' for s in sides)} mm"
             warnings.warn(f"{short(image.path)}: {text}", InputWarning, stacklevel=3)
-        extent = np.array(shape) * sides
-        if extent.min() < SMALLEST_SIDE_MM - 0.5:
-            way = f"pass at least {SMALLEST_SIDE_MM} mm a side"
-            raise InputError(image.path, f"the scan is only {extent.min():.0f} mm wide", way)
-        if extent.max() > _LARGEST_SIDE_MM:
-            problem = f"the scan spans {extent.max():.0f} mm"
-            raise InputError(image.path, problem, "check the header's voxel size")
-        if np.abs(affine[:3, :3] - np.eye(3)).max() < 1e-3:
+        check_extent(image)
+        if lies_along_axes(image):
             return cls(orientation, affine, shape, affine, keeps=True)
         corners = np.array(np.meshgrid(*[(-0.5, n - 0.5) for n in shape], indexing="ij")).reshape(3, -1)
         world = affine[:3, :3] @ corners + affine[:3, 3:]

@@ -166,6 +166,16 @@ def test_the_mode_of_a_real_brain_is_one(real_case):
     assert slow_mode(real_case) == pytest.approx(1, abs=0.03)
 
 
+def test_lesions_do_not_count_for_the_mode(read, edge):
+    brain = edge.brain > 0
+    flair = np.where(brain, np.random.default_rng(0).normal(100, 5, brain.shape), 0).astype(np.float32)
+    lesions = ndimage.binary_erosion(brain, iterations=3) & (np.indices(brain.shape)[2] > 20)
+    lesions &= np.cumsum(lesions).reshape(brain.shape) <= 0.4 * brain.sum()
+    flair[lesions] = 180  # the highest density of all
+    case = read(flair, lesions, edge.affine, brain=edge.brain, tissue=np.where(brain, WHITE, 0).astype(np.uint8))
+    assert np.median(case.flair[lesions]) == pytest.approx(1.8, rel=0.03)
+
+
 @pytest.mark.parametrize("unit", [1e-6, 1.0, 3e7])
 @pytest.mark.parametrize("peaks", [((100, 5, 30_000),), ((100, 4, 30_000), (130, 8, 20_000))])
 def test_the_mode_of_known_densities(peaks, unit):

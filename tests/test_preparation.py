@@ -270,7 +270,7 @@ def test_a_scan_of_the_size_of_a_house_is_refused(raw, tmp_path):
     outcome = prepare(manifest, tmp_path / "out", config=QUICK, progress=lambda *step: seen.append(step))
     assert seen[-1] == ("steps", 6, 6)
     assert outcome.prepared == ["a"]
-    assert "b.nii.gz: spans" in outcome.failures["b"]
+    assert "b.nii.gz: the scan spans" in outcome.failures["b"]
 
 
 @pytest.mark.usefixtures("here")

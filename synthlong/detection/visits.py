@@ -17,12 +17,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
 from synthlong.case import Case, read_case, read_lesions
 from synthlong.errors import ConfigError, InputError, InputWarning, SynthlongError, short
+from synthlong.grid import lies_along_axes
 from synthlong.looks import unlike_brain
 from synthlong.nifti import Volume, read_nifti
 from synthlong.preparation.config import PreparationConfig
@@ -35,7 +35,6 @@ from synthlong.tissue import fitted_tissue_maps
 __all__ = ["Visits", "check_same_grid", "in_common_brain", "read_pair", "read_visits"]
 
 _ROLES = ("baseline", "follow-up")
-_TOLERANCE_MM = 1e-3
 
 _Masks = tuple[Path | None, Path | None]
 
@@ -191,8 +190,7 @@ def _as_they_are(files: tuple[Volume, Volume], brains: _Masks, prefer: str | Non
             return "the follow-up was not prepared together with the baseline"
         return _both(files, brains, prefer)
     for role, file in zip(_ROLES, files, strict=True):
-        sides = nib.orientations.inv_ornt_aff(nib.orientations.io_orientation(file.affine), file.data.shape)
-        if np.abs((file.affine @ sides)[:3, :3] - np.eye(3)).max() > _TOLERANCE_MM:
+        if not lies_along_axes(file):
             return f"the {role} does not lie along the axes of MNI space in steps of 1 mm"
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", InputWarning)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synthlong.errors import InputError, InputWarning, short
+from synthlong.grid import check_extent
 from synthlong.looks import is_stripped
 from synthlong.mask import MOST_OUTSIDE, check_binary, check_csf, check_labels, check_mask, clip_to_brain, read_beside
 from synthlong.nifti import Volume, read_nifti
@@ -219,14 +220,9 @@ def orientation_flags(*scans: Volume | None) -> list[str]:
 
 def grid_of(volume: Volume) -> Grid:
     """Return where a volume lies, if it is of a head's size."""
+    check_extent(volume)
     i, j, k = volume.data.shape
-    grid = Grid((i, j, k), volume.affine)
-    sides = np.array(grid.shape) * grid.spacing_mm
-    if sides.min() < 16 or sides.max() > 512:
-        raise InputError(
-            volume.path, f"spans {sides.min():.0f} to {sides.max():.0f} mm", "check the header's voxel size"
-        )
-    return grid
+    return Grid((i, j, k), volume.affine)
 
 
 def _cleaned(scan: Volume, brain: NDArray[np.bool_], config: PreparationConfig) -> Head:
