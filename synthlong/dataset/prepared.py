@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from synthlong.case import Case
-from synthlong.dataset.store import open_case, stamp_of, store_case, stored_stamp
+from synthlong.dataset.store import MOST_OPEN, open_case, stamp_of, store_case, stored_stamp
 from synthlong.errors import ConfigError, InputError, OutputError
 from synthlong.manifest import CaseFiles, find_cases
 from synthlong.progress import Progress
@@ -27,7 +27,6 @@ from synthlong.synthesis import SynthesisConfig
 
 __all__ = ["PreparedCases", "plain_hash"]
 
-_MOST_OPEN = 16  # a case holds a dozen file descriptors while it is open
 _ARRAYS = ("flair", "lesions", "brain", "tissue", "healthy", "affine")
 
 
@@ -88,7 +87,7 @@ class PreparedCases:
 
     def __getitem__(self, number: int) -> Case:
         if number not in self._open:
-            if len(self._open) >= _MOST_OPEN:
+            if len(self._open) >= MOST_OPEN:
                 del self._open[next(iter(self._open))]
             folder = self._folder / self._names[number]
             try:

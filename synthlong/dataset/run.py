@@ -47,7 +47,7 @@ from synthlong.dataset.plan import (
 from synthlong.dataset.pool import LocalPool, Lost, Pool, count, stop_if_told
 from synthlong.dataset.reader import IMAGES, ShardReader
 from synthlong.dataset.shards import ShardDataset
-from synthlong.dataset.store import open_case
+from synthlong.dataset.store import MOST_OPEN, open_case
 from synthlong.dataset.writer import Sample, image_as_stored, shard_path, write_shard
 from synthlong.environment import environment
 from synthlong.errors import ConfigError, InputError, OutputError
@@ -63,7 +63,6 @@ __all__ = ["Outcome", "forget", "generate", "processors"]
 
 _MB_PER_PAIR = {"blosc-lz4": 0.75, "none": 2.1}
 _MB_PER_CASE = 140
-_MOST_OPEN = 16  # a case holds a dozen file descriptors while it is open, and opening one takes milliseconds
 
 
 @dataclass(frozen=True)
@@ -373,6 +372,6 @@ def _plan_of(out: Path, run_id: str, config: SynthesisConfig) -> dict[str, Any]:
     return plan
 
 
-@lru_cache(maxsize=_MOST_OPEN)
+@lru_cache(maxsize=MOST_OPEN)
 def _opened(folder: Path, config: SynthesisConfig) -> Case:
     return open_case(folder, config)

@@ -23,7 +23,7 @@ from synthlong.dataset.reader import IMAGES, VOLUMES, Layout, ShardReader
 from synthlong.dataset.writer import shard_path
 from synthlong.errors import ConfigError, InputError, InputWarning, ShardCorruptError, short
 
-__all__ = ["ShardDataset", "seeded", "subjects_of", "tell_affine"]
+__all__ = ["ShardDataset", "checked_keys", "seeded", "subjects_of", "tell_affine"]
 
 _MAX_OPEN = 16
 _CHECKS = ("always", "first", "off")
@@ -78,9 +78,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
         partial: bool = False,
     ) -> None:
         self.out = Path(out).absolute()  # the working directory may change
-        self.keys = (*VOLUMES, "recipe") if keys is None else tuple(keys)
-        if unknown := set(self.keys) - {*VOLUMES, "recipe"}:
-            raise ConfigError(f"keys must be of {(*VOLUMES, 'recipe')}, not {sorted(unknown)}")
+        self.keys = checked_keys(keys)
         self._names = tuple(key for key in self.keys if key != "recipe")
         if seed is not None and seed < 0:
             raise ConfigError(f"seed must be 0 or more, not {seed}")
@@ -217,6 +215,13 @@ class _CorruptInWorker(ShardCorruptError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+def checked_keys(keys: Sequence[str] | None) -> tuple[str, ...]:
+    """Return which entries a sample is to have; None: all."""
+    if unknown := set(keys or ()) - {*VOLUMES, "recipe"}:
+        raise ConfigError(f"keys must be of {(*VOLUMES, 'recipe')}, not {sorted(unknown)}")
+    return (*VOLUMES, "recipe") if keys is None else tuple(keys)
 
 
 def subjects_of(split: str | None, subjects: Sequence[str], *, fold: int, folds: int) -> set[str]:

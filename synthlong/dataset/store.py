@@ -26,7 +26,10 @@ from synthlong.lesions import LesionMap, read_bank
 from synthlong.placement import PlacementMap, allowed_of
 from synthlong.synthesis import SynthesisConfig
 
-__all__ = ["open_case", "stamp_of", "store_case", "stored_stamp"]
+__all__ = ["MOST_OPEN", "open_case", "stamp_of", "store_case", "stored_stamp"]
+
+MOST_OPEN = 16
+"""Cases that a process keeps open: each holds a dozen file descriptors, and opening one takes milliseconds."""
 
 _ARRAYS = ("flair", "lesions", "brain", "tissue", "healthy")
 

@@ -23,9 +23,10 @@ from synthlong.case import Case
 from synthlong.dataset.cases import check_assets, synthesis_of
 from synthlong.dataset.plan import asset_hashes
 from synthlong.dataset.prepared import PreparedCases, plain_hash
-from synthlong.dataset.reader import IMAGES, VOLUMES
-from synthlong.dataset.shards import seeded, tell_affine
+from synthlong.dataset.reader import IMAGES
+from synthlong.dataset.shards import checked_keys, seeded, tell_affine
 from synthlong.dataset.writer import image_as_stored
+from synthlong.differences import differences
 from synthlong.errors import ConfigError
 from synthlong.inpainting import Inpainter, heal
 from synthlong.lesions import LesionBank
@@ -94,9 +95,7 @@ class PairStream(IterableDataset[dict[str, Any]]):
         for name, value, low in (("seed", seed, 0), ("pairs", pairs, 1), ("batch_size", batch_size, 1)):
             if value < low:
                 raise ConfigError(f"{name} = {value}: must be {low} or more")
-        self.keys = (*VOLUMES, "recipe") if keys is None else tuple(keys)
-        if unknown := set(self.keys) - {*VOLUMES, "recipe"}:
-            raise ConfigError(f"keys must be of {(*VOLUMES, 'recipe')}, not {sorted(unknown)}")
+        self.keys = checked_keys(keys)
         if (rank is None) != (world_size is None) or not 0 <= (rank or 0) < (1 if world_size is None else world_size):
             raise ConfigError(f"rank = {rank}, world_size = {world_size}: give both or neither, rank below world_size")
         self.seed, self.pairs, self.batch_size, self.transform = seed, pairs, batch_size, transform
@@ -279,13 +278,9 @@ class PairLoader(DataLoader[Any]):
             ConfigError: It is of another stream, or no such state.
         """
         mine = self.state_dict()
-        changed = [
-            f"{key}: {state.get(key)} -> {mine[key]}"
-            for key in mine.keys() - {"epoch", "batches"}
-            if state.get(key) != mine[key]
-        ]
-        if changed:
-            raise ConfigError(f"the state is of another stream ({'; '.join(sorted(changed))})")
+        own = mine.keys() - {"epoch", "batches"}
+        if changed := differences({key: state.get(key) for key in own}, {key: mine[key] for key in own}):
+            raise ConfigError(f"the state is of another stream ({'; '.join(changed)})")
         epoch, batches = state.get("epoch"), state.get("batches")
         if type(epoch) is not int or type(batches) is not int or epoch < 0 or not 0 <= batches < len(self):
             raise ConfigError(f"epoch = {epoch}, batches = {batches}: no place in epochs of {len(self)} batches")
