@@ -48,7 +48,7 @@ BRAIN_MODE = "BrainMode"
 MOST_NEGATIVE = 0.01
 """Share of a scan's voxels that may be negative by interpolation; with more it was z-scored."""
 
-_BRIGHTEST = 300.0  # float16, in which pairs are stored, ends at 65504; gray scales and artifacts need room below
+_BRIGHTEST = 300.0  # beyond that it is damage; and float16, in which pairs are stored, ends at 65504
 _KNOT_GRID = 4096
 _MOST_CORNERS = 6
 _VISIT = re.compile("_(?:ses|run|acq|rec|ce|dir|echo|part)-")

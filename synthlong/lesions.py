@@ -22,6 +22,7 @@ from scipy import ndimage
 from synthlong.case import Case
 from synthlong.errors import ConfigError, InputError
 from synthlong.hole import grown_box
+from synthlong.publishing import publish
 
 __all__ = [
     "SMALLEST_EVENT_MM3",
@@ -282,8 +283,6 @@ def write_bank(bank: LesionBank, out: Path) -> None:
     Raises:
         OutputError: The place cannot be written to.
     """
-    from synthlong.publishing import publish
-
     file = io.BytesIO()
     np.savez_compressed(file, allow_pickle=False, **{name: getattr(bank, name) for name in _FIELDS})
     publish(out, file.getvalue())

@@ -8,7 +8,7 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -128,11 +128,11 @@ def read_cases(source: str | Path, *, prefer: str | None = None) -> Iterator[Cas
         yield files.read()
 
 
-def warn_of_twins(flairs: Mapping[str, str]) -> None:
-    """Warn of scans that are there under several ids; `flairs`: SHA-256 of the FLAIR, by id."""
-    by_scan: dict[str, list[str]] = {}
-    for one, sha256 in flairs.items():
-        by_scan.setdefault(sha256, []).append(one)
+def warn_of_twins(flairs: Iterable[tuple[str, str]]) -> None:
+    """Warn of scans that are there under several ids; `flairs`: id and SHA-256 of each."""
+    by_scan: dict[str, dict[str, None]] = {}
+    for one, sha256 in flairs:
+        by_scan.setdefault(sha256, {})[one] = None
     for ids in by_scan.values():
         if len(ids) > 1:
             warnings.warn(f"{', '.join(ids)}: one scan under {len(ids)} ids", InputWarning, stacklevel=3)

@@ -60,7 +60,7 @@ class UNetConfig:
     widths: tuple[int, ...] = (16, 32, 64)
 
     def __post_init__(self) -> None:
-        if not self.widths or any(w < 8 or w % 8 for w in self.widths):
+        if not self.widths or any(isinstance(w, str) or w < 8 or w % 8 for w in self.widths):
             raise ValueError(f"widths must be multiples of 8, got {self.widths}")
         object.__setattr__(self, "widths", tuple(int(w) for w in self.widths))
         if self.in_channels < 1 or self.out_channels < 1:

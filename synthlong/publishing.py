@@ -48,7 +48,7 @@ def publish(path: str | Path, data: bytes) -> None:
         OutputError: The file cannot be written; nothing of it is left behind.
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    temporary = path.with_name(f"{path.name[:200]}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
@@ -80,7 +80,7 @@ def output_error(path: Path, error: OSError, size: int) -> OutputError:
         return OutputError(path, problem, "free some space or a quota, then run the same command again")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return OutputError(path, f"cannot be written ({error.strerror})", "choose a folder you may write to")
-    return OutputError(path, f"cannot be written ({error.strerror})", "check the disk, then run it again")
+    return OutputError(path, f"cannot be written ({error.strerror})", "check the folder, its permissions and the disk")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -170,3 +170,14 @@ def test_bad_arguments():
         acquire(torch.ones(2, 2, 2), steps=[("GaussianBlur", {"std": -1})])
     with pytest.raises(ValueError, match=r"step GaussianBlur: .*unexpected"):
         acquire(torch.ones(2, 2, 2), steps=[("GaussianBlur", {"width": 1})])
+
+
+def test_steps_that_change_nothing_give_the_image_in_double_precision_too():
+    x = torch.rand(4, 4, 4, dtype=torch.float64)
+    assert torch.equal(acquire(x, steps=[("GaussianBlur", {"std": 0})]), x)
+
+
+def test_transforms_in_place_of_a_preset_are_told_where_they_go():
+    with pytest.raises(ValueError, match="must be one of mild, kamraoui, clinical; transforms go in artifacts="):
+        RandomAcquisition([RandomGaussianBlur()])
+    assert len(RandomAcquisition(artifacts=RandomGaussianBlur()).artifacts) == 1

@@ -233,6 +233,8 @@ def test_labels_in_a_dict_are_not_changed_in_silence():
     """`torchio.Compose` keeps its `include` to itself when it is called with a dict."""
     both = {"image": image(1, 8, 8, 8), "label": (image(1, 8, 8, 8) > 1).float()}
     transform = artifacts.RandomGaussianBlur(std=(1, 1))
+    with pytest.raises(ValueError, match=r"'label' would be changed, too"):
+        artifacts.GaussianBlur(std=1, exclude=["lab"])(both)
     with pytest.raises(ValueError, match=r"'label' would be changed, too; name the images: include=\['image'\]"):
         tio.Compose([transform], include=["image"])(both)
     for choice in ({"include": ["image"]}, {"exclude": ["label"]}, {"label_keys": ["label"]}):
@@ -357,6 +359,21 @@ def test_correlation_is_what_it_says(correlation):
     assert abs(np.corrcoef(drawn.T)[0, 1] - want) < 0.08
 
 
+@pytest.mark.parametrize("correlation", [0.5, 0.9])
+def test_a_mixture_is_correlated_where_both_images_have_an_artifact(correlation):
+    """However many others either has: of those that both have, the rank correlation is that of one artifact."""
+    transform = artifacts.RandomAcquisition("kamraoui", correlation=correlation)
+    torch.manual_seed(0)
+    drawn = []
+    for _ in range(4000):
+        choose = transform._choose(["a", "b"])
+        one, other = (dict(choose(name)["steps"]).get("GaussianNoise") for name in "ab")
+        drawn += [(one["std"], other["std"])] if one and other else []
+    assert len(drawn) > 250
+    want = 6 / np.pi * np.arcsin(correlation / 2)
+    assert abs(np.corrcoef(np.array(drawn).T)[0, 1] - want) < 0.12
+
+
 @pytest.mark.parametrize("cls", RANDOM)
 def test_autocast_and_gradients_do_not_matter(cls):
     transform, x = always(cls, seed=1), image(1, 9, 8, 7)
@@ -445,6 +462,13 @@ def test_inside_torchio():
     assert same(snapshot(replayed), snapshot(result))
     one_of = tio.OneOf([artifacts.RandomGaussianBlur(), artifacts.RandomKSpaceMotion()])
     assert len(one_of(source).applied_transforms) == 1
+
+
+def test_a_tensor_of_another_class_has_no_gradient():
+    MetaTensor = pytest.importorskip("monai.data").MetaTensor
+    x = MetaTensor(image(1, 9, 8, 7)).requires_grad_(True)
+    assert not artifacts.GaussianBlur(std=1)(x).requires_grad
+    assert type(artifacts.acquire(x, steps=[("GaussianBlur", {"std": 0})])) is torch.Tensor
 
 
 def test_monai_keeps_its_meta():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from transforms import check_replay, rand, with_threads
 
-from synthlong.artifacts import blur
+from synthlong.artifacts import acquire, blur
 from synthlong.artifacts.blur import GaussianBlur, RandomGaussianBlur, gaussian_blur
 
 
@@ -183,3 +183,22 @@ def test_mm_follow_the_voxel_size():
 )
 def test_replay_from_json(transform):
     check_replay(transform, "GaussianBlur", affine=np.diag([1.0, 2.0, 1.0, 1.0]))
+
+
+def test_one_width_in_one_unit():
+    with pytest.raises(ValueError, match="std and std_mm: give one of them"):
+        GaussianBlur(std=1, std_mm=2)
+    with pytest.raises(ValueError, match="step GaussianBlur: std and std_mm"):
+        acquire(rand(4, 4, 4), steps=[("GaussianBlur", {"std": 1, "std_mm": 2})])
+
+
+def test_voxels_without_size_are_named():
+    x = rand(1, 4, 4, 4)
+    x.affine = np.diag([1.0, 1, 0, 1])
+    with pytest.raises(ValueError, match="the affine gives voxels of 1 x 1 x 0 mm"):
+        GaussianBlur(std_mm=1)(x)
+
+
+def test_doubles_beyond_float32_are_not_called_infinite():
+    with pytest.raises(ValueError, match=r"voxels beyond 3.4e38, the largest of float32"):
+        gaussian_blur(torch.full((3, 3, 3), 1e39, dtype=torch.float64), std=1)

@@ -263,8 +263,11 @@ def test_two_files_of_a_kind_are_skipped_with_a_word(folder):
 
 def test_one_scan_under_two_ids_is_named():
     with pytest.warns(InputWarning, match="^a, c: one scan under 2 ids$"):
-        warn_of_twins({"a": "0f", "b": "1f", "c": "0f"})
-    warn_of_twins({"a": "0f", "b": "1f"})
+        warn_of_twins([("a", "0f"), ("b", "1f"), ("c", "0f")])
+    with pytest.warns(InputWarning, match="^a, b, c: one scan under 3 ids$") as said:
+        warn_of_twins([("a", "0f"), ("b", "0f"), ("c", "0f")])
+    assert len(said) == 1
+    warn_of_twins([("a", "0f"), ("b", "1f"), ("a", "0f")])
 
 
 def test_runs_and_acquisitions_are_of_one_patient(folder):

@@ -78,6 +78,15 @@ def test_a_death_costs_its_task_only(tmp_path):
     assert seen[-1] == 1 + 2 + 3 + 3 + 1  # what dead workers counted is forgotten
 
 
+def test_what_a_task_counted_stays_while_it_waits_for_another_chance(tmp_path):
+    tasks = [(tmp_path, "a", 1), *((tmp_path, f"b{n}", 0) for n in range(12))]
+    seen = []
+    with LocalPool(1, tasks=len(tasks)) as pool:
+        list(pool.run(die_the_first_times, tasks, seen.append))
+    assert seen == sorted(seen)
+    assert seen[-1] == 2 + 12
+
+
 def test_workers_that_die_at_rest_are_replaced():
     with LocalPool(2, tasks=8) as pool:
         pids = {pid for _, _, pid in pool.run(threads, range(4))}

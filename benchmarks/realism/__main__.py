@@ -91,7 +91,7 @@ def main() -> None:
         cells = [f"{v.auc:.2f} [{v.interval[0]:.2f}, {v.interval[1]:.2f}]" for v in verdicts]
         say(f"{name:24s} {len(one):3d}/{len(other):3d}" + " ".join(f"{c:>18s}" for c in cells))
         for patient in verdicts[0].patients:
-            say(f"    in {patient:25s}" + " ".join(f"{v.patients[patient]:<18.2f}" for v in verdicts))
+            say(f"    in {patient:25s}" + " ".join(f"{v.patients[patient]:<18.2f}" for v in verdicts).rstrip())
         say("    told by " + ", ".join(f"{n} {a:.2f}" for n, a in telling_features(one, other)))
     say(f"\n{time.monotonic() - started:.0f} s")
 

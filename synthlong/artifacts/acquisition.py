@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from synthlong.artifacts.base import Artifact, Params, RandomArtifact, softened
+from synthlong.artifacts.base import Artifact, Params, RandomArtifact, part_of, softened
 from synthlong.artifacts.bias_field import PolynomialBiasField, RandomPolynomialBiasField
 from synthlong.artifacts.blur import GaussianBlur, RandomGaussianBlur
 from synthlong.artifacts.downsampling import AnisotropicDownsampling, RandomAnisotropicDownsampling
@@ -96,6 +96,7 @@ def acquire(
         ValueError: An unknown name or a parameter outside its range; names the step.
     """
     result = copied(x)
+    result = result.float() if result.element_size() < 4 else result  # halves are rounded once, in the end
     affine = np.eye(4) if affine is None else affine
     for each in steps:
         if len(each) != 2 or not isinstance(each[1], dict):
@@ -105,13 +106,13 @@ def acquire(
             raise ValueError(f"step {name!r}: must be one of {', '.join(_BY_NAME)}")
         step = _BY_NAME[name]
         try:
-            result = step.kernel(result.float(), **step.on_grid(params, affine))
+            result = step.kernel(result, **step.on_grid(params, affine))
         except KeyError as error:
             raise ValueError(f"step {name}: {error} is missing") from error
         except (TypeError, ValueError) as error:
             raise ValueError(f"step {name}: {error}") from error
     if zero_background and steps:
-        result = torch.where(x == 0, 0, result)
+        result = torch.where(x.as_subclass(Tensor) == 0, 0, result)
     return result.to(x.dtype)
 
 
@@ -166,13 +167,13 @@ class RandomAcquisition(RandomArtifact):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if preset not in _PRESETS:
-            raise ValueError(f"preset = {preset!r}: must be one of {', '.join(_PRESETS)}")
+        if not isinstance(preset, str) or preset not in _PRESETS:
+            raise ValueError(f"preset = {preset!r}: must be one of {', '.join(_PRESETS)}; transforms go in artifacts=")
         given = _PRESETS[preset]
         if artifacts is None:
             ranges: dict[type, Params] = {RandomKSpaceSpike: {"intensity": given.spikes}}
             artifacts = [make(**ranges.get(make, {})) for make in _ALL_NINE]
-        self.artifacts = list(artifacts)
+        self.artifacts = [artifacts] if isinstance(artifacts, RandomArtifact) else list(artifacts)
         for artifact in self.artifacts:
             if not isinstance(artifact, RandomArtifact) or artifact.final not in _STEPS:
                 raise ValueError(f"artifacts: {artifact!r} is none of {', '.join(c.__name__ for c in _ALL_NINE)}")
@@ -197,13 +198,14 @@ class RandomAcquisition(RandomArtifact):
 
     def draw_params(self, rng: np.random.Generator) -> Params:
         """Draw which artifacts, and the parameters of each."""
-        thick = _THICK.draw_params(rng) if self.thick_slices and rng.random() < self.thick_slices else None
+        slices, choice = part_of(rng, 0), part_of(rng, 1)
+        thick = _THICK.draw_params(slices) if self.thick_slices and slices.random() < self.thick_slices else None
         steps: list[list[Any]] = []
-        if rng.random() >= self.untouched and self.severity:
-            count = int(self.count.draw(rng))
-            for n in sorted(np.argsort(rng.random(len(self.artifacts)))[:count].tolist()):
+        if choice.random() >= self.untouched and self.severity:
+            count = int(self.count.draw(choice))
+            for n in sorted(np.argsort(choice.random(len(self.artifacts)))[:count].tolist()):
                 artifact = self.artifacts[n]
-                drawn = softened(artifact.draw_params(rng), artifact.identity, self.severity)
+                drawn = softened(artifact.draw_params(part_of(rng, 2 + n)), artifact.identity, self.severity)
                 steps.append([artifact.final.__name__, drawn])
         if thick:
             name = _THICK.final.__name__

@@ -26,7 +26,7 @@ from torchio.transforms.intensity_transform import IntensityTransform
 
 from synthlong.artifacts.ranges import check_axis, check_number
 
-__all__ = ["Artifact", "Params", "RandomArtifact", "axial_axis", "on_axis", "softened", "spacing_of"]
+__all__ = ["Artifact", "Params", "RandomArtifact", "axial_axis", "on_axis", "part_of", "softened", "spacing_of"]
 
 Params = dict[str, Any]
 
@@ -37,6 +37,8 @@ _LABELS = ("label", "mask", "seg")
 def spacing_of(affine: NDArray[np.float64]) -> tuple[float, float, float]:
     """Return the voxel size in mm along each array axis."""
     i, j, k = np.sqrt((np.asarray(affine, np.float64)[:3, :3] ** 2).sum(axis=0)).tolist()
+    if not i * j * k > 0:
+        raise ValueError(f"the affine gives voxels of {i:g} x {j:g} x {k:g} mm; correct it")
     return i, j, k
 
 
@@ -152,7 +154,7 @@ class _Transform(IntensityTransform):
             wanted = "a floating-point image of rank 4" if self.include is None else f"an image named in {self.include}"
             raise ValueError(f"no entry of the dict {list(data)} is {wanted}")
         labels = [name for name in names if any(word in str(name).lower() for word in _LABELS)]
-        if labels and self.include is None and self.exclude is None:
+        if labels and self.include is None:
             raise ValueError(
                 f"'{labels[0]}' would be changed, too; name the images: include={sorted({*names} - {*labels})}"
             )
@@ -187,7 +189,7 @@ class _Transform(IntensityTransform):
             if hasattr(data, "affine"):
                 result.affine = data.affine  # type: ignore[attr-defined]
             return result
-        like = data.clone()
+        like = data.detach().clone()
         like.as_subclass(Tensor).copy_(result)
         return like
 
@@ -308,10 +310,14 @@ class RandomArtifact(_Transform, RandomTransform):
 class _Correlated(np.random.Generator):
     """A generator whose `random` shares part of its draws with those of the same seed (a Gaussian copula)."""
 
-    def __init__(self, seed: int, number: int, correlation: float) -> None:
-        super().__init__(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(1 + number,))))
-        self._common = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0,)))
-        self._correlation = correlation
+    def __init__(self, seed: int, number: int, correlation: float, part: tuple[int, ...] = ()) -> None:
+        super().__init__(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(1 + number, *part))))
+        self._common = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0, *part)))
+        self._seed, self._number, self._correlation = seed, number, correlation
+
+    def part(self, part: int) -> _Correlated:
+        """Return the generator of one part of a draw."""
+        return _Correlated(self._seed, self._number, self._correlation, (part,))
 
     def random(self, size: Any = None, *_: Any, **__: Any) -> Any:
         from scipy.special import ndtr
@@ -320,6 +326,14 @@ class _Correlated(np.random.Generator):
         c = self._correlation
         mixed = ndtr(np.sqrt(c) * common + np.sqrt(1 - c) * own)
         return np.minimum(mixed, 1 - 2.0**-53)
+
+
+def part_of(rng: np.random.Generator, part: int) -> np.random.Generator:
+    """Return what a part of a draw is drawn from: where images are alike, a generator for each part.
+
+    What one image's other parts have drawn then does not decide which numbers it shares with another image.
+    """
+    return rng.part(part) if isinstance(rng, _Correlated) else rng
 
 
 def _called(name: str) -> str:

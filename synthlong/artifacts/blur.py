@@ -65,6 +65,8 @@ class GaussianBlur(Artifact):
     kernel = staticmethod(gaussian_blur)
 
     def __init__(self, std: Any = None, *, std_mm: Any = None, **kwargs: Any) -> None:
+        if std is not None and std_mm is not None:
+            raise ValueError("std and std_mm: give one of them")
         super().__init__({"std": std} if std_mm is None else {"std_mm": std_mm}, **kwargs)
 
     @staticmethod
@@ -124,6 +126,8 @@ def in_voxels(params: Params, affine: NDArray[np.float64]) -> Params:
     """Return parameters with `std` in place of `std_mm`."""
     if "std_mm" not in params:
         return params
+    if "std" in params:
+        raise ValueError("std and std_mm: give one of them")
     rest = {name: value for name, value in params.items() if name != "std_mm"}
     mm = check_triple("std_mm", params["std_mm"], least=0, most=_WIDEST)
     return {**rest, "std": [s / side for s, side in zip(mm, spacing_of(affine), strict=True)]}

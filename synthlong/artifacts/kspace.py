@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from synthlong.networks import exact_products, one_thread
 
-__all__ = ["Mask", "add_filtered"]
+__all__ = ["Mask", "add_filtered", "alone"]
 
 Mask = tuple[float, ...]
 """A factor for each plane of k-space, from one end to the other; the centre is plane n // 2."""
@@ -39,6 +40,14 @@ def _free() -> None:
 
 if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_free)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Compute with one torch thread, one caller at a time: the bits of sums would depend on the number of threads."""
+    with _alone, one_thread():
+        yield
+
 
 _CACHED = 1 << 19  # voxels whose spectra stay near
 
@@ -60,7 +69,7 @@ def add_filtered(x: Tensor, images: Sequence[Tensor], masks: Sequence[Mask], *, 
     if sources and _transform_is_faster(n, max(widths), after):
         _add_by_transform(result.view(pencils), sources, masks, scale)
     else:
-        with _alone, one_thread(), exact_products():
+        with alone(), exact_products():
             for source, mask in zip(sources, masks, strict=True):
                 _add_by_product(result.view(pencils), source, _basis(mask).to(x.device), scale)
     return result

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from synthlong.artifacts.base import Artifact, Params, RandomArtifact
+from synthlong.artifacts.kspace import alone
 from synthlong.artifacts.ranges import Range, check_number, check_triples
 from synthlong.artifacts.volumes import copied, in_slabs, on_volumes
 from synthlong.compiling import compiled
@@ -115,7 +116,8 @@ class _Transformed:
 
     def __init__(self, volume: Tensor) -> None:
         self.shape = volume.shape
-        self.half = torch.fft.rfftn(volume)
+        with alone():
+            self.half = torch.fft.rfftn(volume)
 
     def at(self, point: Point) -> complex:
         """Return the value at a point."""
@@ -146,7 +148,8 @@ class _Centred:
         """Return the value at a point."""
         i, j, k = (turns[0].conj() for turns in _turns([point], self.volume.shape))
         first = torch.from_numpy(np.stack([i.real, i.imag]).astype(np.float32))
-        real, imaginary = (first @ torch.from_numpy(self.volume).view(i.size, -1)).numpy()
+        with alone():
+            real, imaginary = (first @ torch.from_numpy(self.volume).view(i.size, -1)).numpy()
         return complex(((real + 1j * imaginary) * np.outer(j, k).ravel()).sum())
 
     def peak(self, changed: dict[Point, complex]) -> float:

@@ -54,7 +54,7 @@ def on_volumes(
 def copied(x: Tensor) -> Tensor:
     """Return the same voxels in a new tensor, checked as `on_volumes` does: what identity parameters give."""
     _volumes(x)
-    return x.detach().clone()
+    return x.detach().as_subclass(Tensor).clone()
 
 
 def in_slabs(kernel: Callable[[int, int], None], count: int, voxels: int) -> None:
@@ -78,13 +78,15 @@ def _volumes(x: Tensor) -> Tensor:
     shape = (*x.shape, 1) if x.ndim == 2 else tuple(x.shape)
     if len(shape) < 3 or not x.numel():
         raise ValueError(f"the image has shape {tuple(x.shape)}; it must be (..., I, J, K) or (I, J), with voxels")
-    volumes = x.detach().to(torch.float32).contiguous().view(-1, *shape[-3:])
+    volumes = x.detach().as_subclass(Tensor).to(torch.float32).contiguous().view(-1, *shape[-3:])
     if volumes.device.type == "cpu":
         finite = _all_finite(volumes.view(torch.int32).numpy().ravel())
     else:
         finite = bool(torch.isfinite(volumes).all())
     if not finite:
-        bad = int((~torch.isfinite(volumes)).sum())
+        if torch.isfinite(x).all():
+            raise ValueError("the image has voxels beyond 3.4e38, the largest of float32; divide it by its mode")
+        bad = int((~torch.isfinite(x)).sum())
         raise ValueError(f"the image has {bad} NaN or infinite voxels; replace them, e.g. with torch.nan_to_num")
     return volumes
 

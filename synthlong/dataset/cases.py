@@ -82,7 +82,7 @@ def prepare_cases(
     done.sort(key=lambda p: p.files.subject)
     for text in (text for p in done for text in p.warnings):
         warnings.warn(text, InputWarning, stacklevel=3)
-    warn_of_twins({p.files.subject: p.sources["flair"] for p in done if p.failure is None})
+    warn_of_twins((p.files.subject, p.sources["flair"]) for p in done if p.failure is None)
     return [p for p in done if p.failure is None], {p.files.subject: p.failure for p in done if p.failure is not None}
 
 

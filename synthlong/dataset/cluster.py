@@ -60,7 +60,7 @@ class DaskPool(Pool):
         where: Address of a scheduler, or a TOML file: one table named after the batch system (slurm, pbs, sge, lsf,
             oar, htcondor, local), whose keys are those of `dask_jobqueue`'s cluster, and `jobs`, how many to start.
         folder: The run's folder.
-        environment: What `plan.environment` gives here.
+        environment: What `environment` gives here.
 
     Raises:
         ConfigError: `where` is neither.

@@ -81,7 +81,7 @@ def planned_of(tasks: Sequence[Task]) -> tuple[list[Task], list[Task], list[Task
         else:
             todo.append(task)
             again += [(scan.id, text) for scan in task.scans for text in (made.changes if made else ())]
-    warn_of_twins({name: sha256 for name, sha256 in flairs.items() if sha256})
+    warn_of_twins((name, sha256) for name, sha256 in flairs.items() if sha256)
     _say(tasks, again, "differently", "are made again")
     _say(tasks, others, "by other versions", "are kept; delete them to have them made again")
     if kept:
@@ -104,7 +104,7 @@ class _Made:
     """What an earlier call made of a subject.
 
     Args:
-        changes: What of the way it was made is otherwise now.
+        changes: Which of what decides has changed since.
         versions: Which tools are.
         missing: Whether a file or record is not there.
         edited: Names of files that somebody changed since.

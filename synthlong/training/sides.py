@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +67,7 @@ def source_sha256(source: Path, *, pairs: bool) -> str:
         return plain_hash({files.subject: files.hashes() for files in find_cases(source)})
     rows = manifest_rows(source, needed=PAIR, optional=())
     hashes = [[subject, *(_file_sha256(paths[role]) for role in PAIR)] for subject, _, paths in rows]
-    followups = dict.fromkeys((subject, followup) for subject, _, followup, _ in hashes)
-    for (one, scan), (other, same) in combinations(followups, 2):
-        if scan == same:
-            warn_of_twins({one: scan, other: same})
+    warn_of_twins((subject, followup) for subject, _, followup, _ in hashes)
     return plain_hash(hashes)
 
 
