@@ -1,3 +1,4 @@
+import inspect
 import json
 import re
 import signal
@@ -297,3 +298,12 @@ def test_a_repository_around_an_installed_package_is_not_its_own(tmp_path, monke
     assert re.fullmatch("[0-9a-f]{40}", verb.commit())
     (tmp_path / "fit.py").write_text("changed")
     assert re.fullmatch("[0-9a-f]{40}-dirty", verb.commit())
+
+
+def test_the_help_has_the_defaults_of_the_library():
+    texts = {name: option.default.help for name, option in inspect.signature(verb.fit).parameters.items()}
+    said = {name: found[1] for name, text in texts.items() if (found := re.search(r"\[default: (.*)\]", text))}
+    assert int(said.pop("patches")) * 32**3 == FitConfig.voxels
+    assert (int(said.pop("sides")),) == FitConfig.sides
+    assert float(said.pop("learning_rate")) == FitConfig.learning_rate
+    assert said == {name: str(getattr(FitConfig, name)) for name in ("steps", "seed", "device", "precision", "loss")}
