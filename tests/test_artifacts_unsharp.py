@@ -172,3 +172,8 @@ def test_mm_follow_the_voxel_size():
 @pytest.mark.parametrize("transform", [RandomUnsharpMask(amount=(0.5, 2)), RandomUnsharpMask(std_mm=(1, 3))])
 def test_replay_from_json(transform):
     check_replay(transform, "UnsharpMask", affine=np.diag([1.0, 2.0, 1.0, 1.0]))
+
+
+def test_one_width_in_one_unit():
+    with pytest.raises(ValueError, match="std and std_mm: give one of them"):
+        UnsharpMask(std=1, std_mm=2)

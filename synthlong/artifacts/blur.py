@@ -23,7 +23,16 @@ from synthlong.artifacts.ranges import Range, check_triple
 from synthlong.artifacts.volumes import copied, in_slabs, on_volumes
 from synthlong.compiling import compiled
 
-__all__ = ["GaussianBlur", "RandomGaussianBlur", "Widths", "away_from_blur", "gaussian_blur", "in_voxels", "mirrored"]
+__all__ = [
+    "GaussianBlur",
+    "RandomGaussianBlur",
+    "Widths",
+    "away_from_blur",
+    "gaussian_blur",
+    "in_voxels",
+    "mirrored",
+    "width_given",
+]
 
 _WIDEST = 100  # SD
 
@@ -65,9 +74,7 @@ class GaussianBlur(Artifact):
     kernel = staticmethod(gaussian_blur)
 
     def __init__(self, std: Any = None, *, std_mm: Any = None, **kwargs: Any) -> None:
-        if std is not None and std_mm is not None:
-            raise ValueError("std and std_mm: give one of them")
-        super().__init__({"std": std} if std_mm is None else {"std_mm": std_mm}, **kwargs)
+        super().__init__(width_given(std, std_mm), **kwargs)
 
     @staticmethod
     def on_grid(params: Params, affine: NDArray[np.float64]) -> Params:
@@ -122,13 +129,19 @@ class Widths:
         return {self.unit: drawn[0] if len(drawn) == 1 else drawn}
 
 
+def width_given(std: Any, std_mm: Any) -> Params:
+    """Return the parameter of a width that is given in one of the two units."""
+    if std is not None and std_mm is not None:
+        raise ValueError("std and std_mm: give one of them")
+    return {"std": std} if std_mm is None else {"std_mm": std_mm}
+
+
 def in_voxels(params: Params, affine: NDArray[np.float64]) -> Params:
     """Return parameters with `std` in place of `std_mm`."""
     if "std_mm" not in params:
         return params
-    if "std" in params:
-        raise ValueError("std and std_mm: give one of them")
-    rest = {name: value for name, value in params.items() if name != "std_mm"}
+    width_given(params.get("std"), params["std_mm"])
+    rest = {name: value for name, value in params.items() if name not in ("std", "std_mm")}
     mm = check_triple("std_mm", params["std_mm"], least=0, most=_WIDEST)
     return {**rest, "std": [s / side for s, side in zip(mm, spacing_of(affine), strict=True)]}
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from synthlong.artifacts.base import Artifact, Params, RandomArtifact
-from synthlong.artifacts.blur import Widths, away_from_blur, in_voxels
+from synthlong.artifacts.blur import Widths, away_from_blur, in_voxels, width_given
 from synthlong.artifacts.ranges import Range, check_number
 
 __all__ = ["RandomUnsharpMask", "UnsharpMask", "unsharp_mask"]
@@ -50,8 +50,7 @@ class UnsharpMask(Artifact):
     kernel = staticmethod(unsharp_mask)
 
     def __init__(self, std: Any = None, *, amount: Any = 1.0, std_mm: Any = None, **kwargs: Any) -> None:
-        width = {"std": std} if std_mm is None else {"std_mm": std_mm}
-        super().__init__({**width, "amount": amount}, **kwargs)
+        super().__init__({**width_given(std, std_mm), "amount": amount}, **kwargs)
 
     @staticmethod
     def on_grid(params: Params, affine: NDArray[np.float64]) -> Params:
