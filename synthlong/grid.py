@@ -22,8 +22,7 @@ _LARGEST_SIDE_MM = 512
 
 def lies_along_axes(volume: Volume) -> bool:
     """Whether a volume's voxels lie along the axes of space in steps of 1 mm, in any of the 48 orientations."""
-    orientation = nib.orientations.io_orientation(volume.affine)
-    turned = volume.affine @ nib.orientations.inv_ornt_aff(orientation, volume.data.shape)
+    _, turned = _turned(volume)
     return bool(np.abs(turned[:3, :3] - np.eye(3)).max() < 1e-3)
 
 
@@ -58,9 +57,7 @@ class WorkingGrid:
     @classmethod
     def of(cls, image: Volume) -> WorkingGrid:
         """Return the grid that holds all of a volume; an InputError if its size cannot be that of a head."""
-        orientation = nib.orientations.io_orientation(image.affine)
-        back = nib.orientations.inv_ornt_aff(orientation, image.data.shape)
-        affine = image.affine @ back
+        orientation, affine = _turned(image)
         shape = nib.orientations.apply_orientation(image.data, orientation).shape
         sides = np.linalg.norm(affine[:3, :3], axis=0)
         if not image.coded:
@@ -111,3 +108,9 @@ class WorkingGrid:
         """Take the nearest label."""
         data = self._turn(data)
         return (data if self.keeps else self._interpolate(data, 0)).astype(np.uint8)
+
+
+def _turned(volume: Volume) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """Return the flip or permutation that brings a volume nearest to RAS+, and its affine after that."""
+    orientation = nib.orientations.io_orientation(volume.affine)
+    return orientation, volume.affine @ nib.orientations.inv_ornt_aff(orientation, volume.data.shape)

@@ -13,7 +13,7 @@ from tempfile import TemporaryFile
 
 from synthlong.errors import OutputError
 
-__all__ = ["canonical_json", "check_place", "make_place", "output_error", "publish"]
+__all__ = ["canonical_json", "check_place", "is_full", "make_place", "output_error", "publish"]
 
 
 def canonical_json(obj: object) -> str:
@@ -69,9 +69,14 @@ def publish(path: str | Path, data: bytes) -> None:
         raise output_error(path, error, len(data)) from error
 
 
+def is_full(error: OSError) -> bool:
+    """Whether a disk, quota or limit has no room left."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def output_error(path: Path, error: OSError, size: int) -> OutputError:
     """Return what to say where `size` bytes cannot be written to a path."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if is_full(error):
         try:
             free = f"{shutil.disk_usage(path.parent).free / 1e6:.1f} MB"
         except OSError:

@@ -28,6 +28,8 @@ __all__ = ["Mask", "add_filtered", "alone"]
 Mask = tuple[float, ...]
 """A factor for each plane of k-space, from one end to the other; the centre is plane n // 2."""
 
+_CACHED = 1 << 19  # voxels whose spectra stay near
+
 _alone = threading.Lock()
 """Held while products have one torch thread, or on Intel's processors MKL's bits would depend on their number."""
 
@@ -47,9 +49,6 @@ def alone() -> Iterator[None]:
     """Compute with one torch thread, one caller at a time: the bits of sums would depend on the number of threads."""
     with _alone, one_thread():
         yield
-
-
-_CACHED = 1 << 19  # voxels whose spectra stay near
 
 
 def add_filtered(x: Tensor, images: Sequence[Tensor], masks: Sequence[Mask], *, axis: int, scale: float = 1) -> Tensor:

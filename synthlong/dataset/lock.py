@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from synthlong.errors import InputWarning, OutputError, short
+from synthlong.publishing import is_full
 
 try:
     import fcntl
@@ -65,8 +66,8 @@ def _held(path: Path, what: Path, break_lock: bool) -> Iterator[None]:
     try:
         descriptor = _taken(path, what, break_lock)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        way_out = "free some space or a quota, then run it again" if full else "choose a folder you may write to"
+        space = "free some space or a quota, then run it again"
+        way_out = space if is_full(error) else "choose a folder you may write to"
         raise OutputError(what, f"cannot be written ({error.strerror})", way_out) from error
     try:
         yield

@@ -95,10 +95,10 @@ class Pool(ABC):
         """
         slots = range(self._used, self._used + len(tasks))
         self._used = slots.stop
-        waiting, deaths = deque(zip(slots, tasks, strict=True)), Counter[int]()
+        waiting = deque(zip(slots, tasks, strict=True))
+        deaths = Counter[int]()  # of tasks that have not ended
         running: dict[Future[Any], tuple[int, Any]] = {}
         ended = 0  # what tasks have counted that are done or given up
-        again: set[int] = set()  # tasks that died and have another chance
         while waiting or running:
             most = _AHEAD * self.size
             while waiting and len(running) < most:
@@ -110,7 +110,7 @@ class Pool(ABC):
                     with suppress(InvalidStateError):  # it was done
                         future.set_exception(BrokenProcessPool("all workers died"))
             if report:
-                report(ended + sum(map(self.count, again.union(slot for slot, _ in running.values()))))
+                report(ended + sum(map(self.count, {*deaths, *(slot for slot, _ in running.values())})))
             for future in [one for one in running if one in done]:  # in the order of the tasks
                 slot, task = running.pop(future)
                 try:
@@ -119,11 +119,10 @@ class Pool(ABC):
                     deaths[slot] += 1
                     if deaths[slot] < self.chances:
                         waiting.append((slot, task))
-                        again.add(slot)
                         continue
                     result = Lost(task, self.count(slot), str(error))
                 ended += self.count(slot)
-                again.discard(slot)
+                del deaths[slot]
                 yield result
 
     def __enter__(self) -> Pool:

@@ -18,7 +18,7 @@ from scipy import ndimage
 import synthlong
 from synthlong.case import Case
 from synthlong.detection.networks import ConcatUNet, LongitudinalUNet, SiameseUNet
-from synthlong.detection.sliding import check_alike, probability_map
+from synthlong.detection.sliding import ensemble_of, probability_map
 from synthlong.detection.visits import check_same_grid, in_common_brain
 from synthlong.errors import ConfigError, InputError
 from synthlong.progress import Progress
@@ -116,8 +116,8 @@ def detect(
     visits = in_common_brain(baseline, followup)
     brain = visits[0].brain
     box = ndimage.find_objects(brain)[0]
-    networks = [networks] if isinstance(networks, LongitudinalUNet) else networks
-    normalised = check_alike(networks).normalised
+    networks = ensemble_of(networks)
+    normalised = networks[0].normalised
     before, after = (normalised(visit.flair)[box] for visit in visits)
     probability = np.zeros(brain.shape, np.float32)
     probability[box] = probability_map(

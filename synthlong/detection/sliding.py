@@ -21,7 +21,7 @@ from synthlong.errors import ConfigError
 from synthlong.networks import ConvBlock, check_device, default_precision, one_thread
 from synthlong.progress import Progress
 
-__all__ = ["check_alike", "probability_map", "window_of"]
+__all__ = ["ensemble_of", "probability_map", "window_of"]
 
 _BF16_ERROR = 0.1
 """How far bf16 may move a probability; the shipped networks' are moved by up to 0.07."""
@@ -29,12 +29,13 @@ _BF16_ERROR = 0.1
 _Window = tuple[slice, ...]
 
 
-def check_alike(networks: Sequence[LongitudinalUNet]) -> type[LongitudinalUNet]:
-    """Return the class of these networks, or raise a ConfigError if they are of several."""
+def ensemble_of(networks: LongitudinalUNet | Sequence[LongitudinalUNet]) -> Sequence[LongitudinalUNet]:
+    """Return one network or several as a sequence, or raise a ConfigError if they are of several kinds, or none."""
+    networks = [networks] if isinstance(networks, LongitudinalUNet) else networks
     kinds = {type(network) for network in networks}
     if len(kinds) != 1:
         raise ConfigError(f"networks = {sorted(kind.__name__ for kind in kinds)}: pass one or several of one kind")
-    return kinds.pop()
+    return networks
 
 
 def window_of(networks: Sequence[LongitudinalUNet], window: int | None = None) -> int:
@@ -94,8 +95,7 @@ def probability_map(
     Raises:
         ConfigError: An option outside its range, or networks of different kinds.
     """
-    networks = [networks] if isinstance(networks, LongitudinalUNet) else networks
-    check_alike(networks)
+    networks = ensemble_of(networks)
     window = window_of(networks, window)
     stride = max(window * 3 // 4, 1) if stride is None else stride
     if not 1 <= stride <= window:
