@@ -7,6 +7,7 @@ from pathlib import Path
 
 __all__ = [
     "ConfigError",
+    "FileError",
     "InputError",
     "InputWarning",
     "OutputError",
@@ -38,8 +39,8 @@ class SynthlongError(Exception):
     exit_code = 1
 
 
-class InputError(SynthlongError):
-    """A file that cannot be used.
+class FileError(SynthlongError):
+    """A file and what is wrong with it: the base of what is said of inputs and outputs.
 
     Args:
         path: The file, folder or manifest. Where `problem` is None, a worker's traceback instead: torch rebuilds a
@@ -59,6 +60,10 @@ class InputError(SynthlongError):
         return f"{short(self.path)}: {self.problem}; {self.way_out}"
 
 
+class InputError(FileError):
+    """A file that cannot be used."""
+
+
 class InputWarning(UserWarning):
     """A file that can be used but deserves a look."""
 
@@ -69,7 +74,7 @@ class ConfigError(SynthlongError):
     exit_code = 2
 
 
-class OutputError(InputError):
+class OutputError(FileError):
     """A place that cannot be written to: permission, space, or held by another run."""
 
     exit_code = 3

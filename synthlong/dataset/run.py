@@ -223,8 +223,8 @@ def _folder_of_run(out: Path, *, break_lock: bool) -> Iterator[None]:
             _sweep(out)
             try:
                 yield
-            except (ConfigError, InputError) as error:
-                if not (isinstance(error, OutputError) or (out / "run.json").exists()):
+            except (ConfigError, InputError):
+                if not (out / "run.json").exists():
                     shutil.rmtree(out / "work", ignore_errors=True)
                 raise
             finally:
