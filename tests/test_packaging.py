@@ -45,7 +45,7 @@ def test_assets_open_from_an_installed_wheel(wheel, tmp_path):
         archive.extractall(tmp_path)
     code = """
 import sys; sys.path.insert(0, sys.argv[1])
-import synthlong; assert synthlong.__file__.startswith(sys.argv[1])
+import synthlong, synthlong.detection, synthlong.preparation; assert synthlong.__file__.startswith(sys.argv[1])
 from synthlong.atlas import lesion_prior, tissue_maps
 from synthlong.dataset.plan import asset_hashes, bundled_cases
 from synthlong.dataset.cases import synthesis_of

@@ -2,25 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+import lazy_loader
 
-_HOME = {
-    "PreparationConfig": "config",
-    "Scan": "scans",
-    "find_scans": "scans",
-    "prepare": "run",
-    "to_native": "native",
-}
-
-__all__ = [*_HOME]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'synthlong.preparation' has no attribute {name!r}")
-    return getattr(import_module(f"synthlong.preparation.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
