@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -42,7 +40,7 @@ def placements_of(case: Case, config: SynthesisConfig) -> PlacementMap:
     """Return where synthetic lesions of the case may lie, worked out once."""
     key = ("placements", config.prior, config.gray_matter, config.margin)
     if key not in case.derived:
-        frequency, affine = lesion_prior(Path(config.prior) if config.prior else None)
+        frequency, affine = lesion_prior(config.prior)
         frequency = sample_map(frequency, affine, case.shape, case.affine)
         places = find_placements(case, frequency, gray_matter=config.gray_matter, margin=config.margin)
         case.derived[key] = places

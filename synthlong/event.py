@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -98,7 +97,7 @@ def draw_events(
     wanted = _draw_counts(rng, config)
     events = _draw_real(rng, config, lesions, wanted)
     masks: list[Placed | None] = [None] * len(events)
-    bank = read_bank(Path(config.lesion_bank) if config.lesion_bank else None)
+    bank = read_bank(config.lesion_bank)
     for event, placed in _draw_synthetic(rng, config, case, bank, wanted):
         events.append(event)
         masks.append(placed)

@@ -237,7 +237,7 @@ class LesionBank:
 
 
 @lru_cache(maxsize=4)
-def read_bank(path: Path | None = None) -> LesionBank:
+def read_bank(path: str | Path | None = None) -> LesionBank:
     """Read a lesion bank (default: the shipped one).
 
     Raises:

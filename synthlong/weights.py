@@ -77,7 +77,7 @@ class TrainedNetwork:
         return Path(__file__).parent / "assets" / f"{cls.task}.safetensors"
 
     @classmethod
-    def read(cls, path: Path | None = None, *, precision: str = "float32", device: str = "cpu") -> Self:
+    def read(cls, path: str | Path | None = None, *, precision: str = "float32", device: str = "cpu") -> Self:
         """Read weights (default: the shipped ones); see `read_weights`."""
         network, sha256 = read_weights(path or cls.default_path(), task=cls.task)
         return cls(network.to(device), sha256, precision, device)

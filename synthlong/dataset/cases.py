@@ -118,14 +118,10 @@ def case_folder(work: Path, subject: str) -> Path:
 
 def synthesis_of(config: SynthesisConfig) -> tuple[Inpainter, Painter, LesionBank]:
     """Return the inpainter, the painter and the lesion bank that a config names."""
-
-    def path(name: str | None) -> Path | None:
-        return Path(name) if name else None
-
     common: dict[str, Any] = {"precision": config.precision, "device": config.device}
     network = config.painter == "network"
-    painter = LesionPainter.read(path(config.generator), **common) if network else painter_of(config.painter)
-    return Inpainter.read(path(config.inpainter), **common), painter, read_bank(path(config.lesion_bank))
+    painter = LesionPainter.read(config.generator, **common) if network else painter_of(config.painter)
+    return Inpainter.read(config.inpainter, **common), painter, read_bank(config.lesion_bank)
 
 
 @lru_cache(maxsize=1)

@@ -139,15 +139,15 @@ def asset_hashes(config: SynthesisConfig) -> dict[str, str]:
         InputError: One of them cannot be read.
     """
     paths = {
-        "prior": Path(config.prior) if config.prior else prior_path(),
-        "lesion_bank": Path(config.lesion_bank) if config.lesion_bank else LesionBank.default_path(),
-        "inpainter": Path(config.inpainter) if config.inpainter else Inpainter.default_path(),
-        "generator": Path(config.generator) if config.generator else LesionPainter.default_path(),
+        "prior": config.prior or prior_path(),
+        "lesion_bank": config.lesion_bank or LesionBank.default_path(),
+        "inpainter": config.inpainter or Inpainter.default_path(),
+        "generator": config.generator or LesionPainter.default_path(),
     }
     sums = {}
     for name, path in paths.items():
         try:
-            sums[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            sums[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         except OSError as error:
             way = f"correct '{name}' in the config"
             raise InputError(path, f"{name} cannot be read ({error.strerror})", way) from error

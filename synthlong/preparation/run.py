@@ -318,5 +318,4 @@ def _move(task: Task, folder: Path) -> None:
 @lru_cache(maxsize=1)
 def _inpainter(config: PreparationConfig) -> Inpainter:
     config = settled(config)
-    path = Path(config.inpainter) if config.inpainter else None
-    return Inpainter.read(path, precision=config.precision, device=config.device)
+    return Inpainter.read(config.inpainter, precision=config.precision, device=config.device)
