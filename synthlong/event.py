@@ -8,10 +8,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from synthlong.bank import LesionBank, read_bank
 from synthlong.case import Case
 from synthlong.comparison import shapes_for
 from synthlong.derived import lesions_of, placements_of, profiles_of
-from synthlong.lesions import SMALLEST_EVENT_MM3, LesionBank, LesionMap, core, grown, read_bank
+from synthlong.lesions import SMALLEST_EVENT_MM3, LesionMap, core, grown
 from synthlong.placement import Site, allowed_of, draw_site
 from synthlong.profile import Profile, draw_profile, visible
 from synthlong.synthesis import SynthesisConfig

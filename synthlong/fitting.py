@@ -24,10 +24,10 @@ from torch import Tensor
 import synthlong
 from synthlong import inpainting, painting
 from synthlong.atlas import lesion_prior, sample_map
+from synthlong.bank import read_bank
 from synthlong.case import Case, patient_of
-from synthlong.dataset.lock import file_lock
 from synthlong.errors import ConfigError, InputError
-from synthlong.lesions import read_bank
+from synthlong.lock import file_lock
 from synthlong.networks import UNet, UNetConfig, check_device, default_precision, infer
 from synthlong.progress import StepProgress
 from synthlong.publishing import make_place

@@ -19,7 +19,8 @@ from synthlong.case import Case
 from synthlong.environment import environment
 from synthlong.errors import InputError, InputWarning, short
 from synthlong.nifti import read_nifti, sidecar_of, write_nifti
-from synthlong.publishing import canonical_json, publish
+from synthlong.plain import canonical_json
+from synthlong.publishing import publish
 
 if TYPE_CHECKING:
     from synthlong.inpainting import Inpainter

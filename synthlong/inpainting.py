@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from synthlong.bank import LesionBank
 from synthlong.case import Case
 from synthlong.errors import InputError
 from synthlong.healthy import stored_healthy
 from synthlong.hole import FLUID, corrupt, first_guess, hole_in
-from synthlong.lesions import LesionBank
 from synthlong.networks import UNetConfig
 from synthlong.orientation import draw_orientation
 from synthlong.sampling import MOST_DRAWS, Sample, draw_variation, vary

@@ -1,4 +1,4 @@
-"""Lesions as objects: the connected ones of a mask, parts of one, and a bank of real shapes.
+"""Lesions as objects: the connected ones of a mask, and parts of one.
 
 Confluent lesions are one 26-connected component that can hold most of a patient's lesion load; as a whole
 they neither appear nor vanish, so those above a limit are split at their necks first.
@@ -6,48 +6,31 @@ they neither appear nor vanish, so those above a limit are split at their necks 
 
 from __future__ import annotations
 
-import io
-import zipfile
-import zlib
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
 from heapq import heapify, heappop, heappush
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from synthlong.case import Case
-from synthlong.errors import ConfigError, InputError
 from synthlong.hole import grown_box
-from synthlong.publishing import publish
 
 __all__ = [
     "SMALLEST_EVENT_MM3",
-    "LesionBank",
+    "TOUCHING",
     "LesionMap",
-    "Shape",
-    "build_bank",
     "core",
     "find_lesions",
     "grown",
-    "read_bank",
-    "shape_of",
-    "shapes_in",
-    "write_bank",
 ]
 
 SMALLEST_EVENT_MM3 = 3.0
 """No lesion of this volume or less is new or vanished: the challenge's scores drop those."""
 
-_TOUCHING = np.ones((3, 3, 3), bool)
+TOUCHING = np.ones((3, 3, 3), bool)
+"""What a voxel of a lesion touches: its 26 neighbours."""
+
 _NECK_RADIUS = 4
-_LARGEST_MM3 = 3000.0
-_WIDEST = 40
-_FULL = 0.15
-_FIELDS = ("extents", "centres_mm", "volumes_mm3", "bits", "ends", "profiles")
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +64,7 @@ def find_lesions(mask: NDArray, *, max_event_mm3: float) -> LesionMap:
         mask: Lesion voxels of 1 mm3, shape `(I, J, K)`, zero or not.
         max_event_mm3: Largest lesion that may change between the visits.
     """
-    labels, n = ndimage.label(np.asarray(mask) != 0, _TOUCHING)
+    labels, n = ndimage.label(np.asarray(mask) != 0, TOUCHING)
     labels = labels.astype(np.int32, copy=False)
     volumes = np.bincount(labels.ravel(), minlength=n + 1)[1:]
     for number, box in enumerate(ndimage.find_objects(labels), start=1):
@@ -105,7 +88,7 @@ def _split_at_necks(whole: NDArray[np.bool_]) -> NDArray[np.int32]:
     padded = np.pad(whole, 1)
     depth = ndimage.gaussian_filter(ndimage.distance_transform_edt(padded), 1.0) * padded
     peak = padded & (depth == ndimage.maximum_filter(depth, size=2 * _NECK_RADIUS + 1))
-    seeds, n = ndimage.label(peak, _TOUCHING)
+    seeds, n = ndimage.label(peak, TOUCHING)
     if n < 2:
         return whole.astype(np.int32)
     return _flood(seeds, depth)[1:-1, 1:-1, 1:-1]
@@ -117,7 +100,7 @@ def _flood(seeds: NDArray[np.integer], depth: NDArray[np.float64]) -> NDArray[np
     `scipy.ndimage.watershed_ift` will not do: it floods by differences of height, also from the background
     inwards.
     """
-    steps = np.argwhere(_TOUCHING) - 1
+    steps = np.argwhere(TOUCHING) - 1
     strides = np.array([depth.shape[1] * depth.shape[2], depth.shape[2], 1])
     offsets = [int(o) for o in steps @ strides if o]
     parts, deep = seeds.ravel().tolist(), depth.ravel().tolist()
@@ -157,170 +140,8 @@ def core(mask: NDArray, fraction: float) -> NDArray[np.bool_]:
     rank = 0.5 * np.linalg.norm(where - deepest, axis=1) - depth[mask]
     inner = np.zeros_like(mask)
     inner[tuple(where[np.argsort(rank, kind="stable")[:keep]].T)] = True
-    parts, _ = ndimage.label(inner, _TOUCHING)
+    parts, _ = ndimage.label(inner, TOUCHING)
     return parts == parts[tuple(deepest)]
-
-
-@dataclass(frozen=True, eq=False)
-class Shape:
-    """One lesion shape of the bank.
-
-    Args:
-        voxels: bool `(i, j, k)` at 1 mm, RAS+, cropped to the lesion.
-        centre_mm: Where it was found, MNI coordinates.
-    """
-
-    voxels: NDArray[np.bool_]
-    centre_mm: tuple[float, float, float]
-
-    def mirrored(self) -> Shape:
-        """Return the shape of the other hemisphere."""
-        x, y, z = self.centre_mm
-        return Shape(self.voxels[::-1], (-x, y, z))
-
-
-@dataclass(frozen=True, eq=False)
-class LesionBank:
-    """Real lesion shapes with their places in MNI space, stored as packed bits.
-
-    Args:
-        extents: int16 `(n, 3)`, side lengths of each shape's box.
-        centres_mm: float32 `(n, 3)`, MNI coordinates.
-        volumes_mm3: int32 `(n,)`.
-        bits: uint8, the packed boxes in C order, one after the other.
-        ends: int64 `(n,)`, end of each in `bits`.
-        profiles: float32 `(m, 11)`, see `profiles_in`: of lesions of the scans that the bank was built from, for cases
-            with too few lesions of their own.
-    """
-
-    extents: NDArray[np.int16]
-    centres_mm: NDArray[np.float32]
-    volumes_mm3: NDArray[np.int32]
-    bits: NDArray[np.uint8]
-    ends: NDArray[np.int64]
-    profiles: NDArray[np.float32]
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, index: int) -> Shape:
-        if not 0 <= index < len(self):
-            raise IndexError(f"shape {index} of a lesion bank of {len(self)}")
-        start = int(self.ends[index - 1]) if index else 0
-        sides = tuple(int(n) for n in self.extents[index])
-        flat = np.unpackbits(self.bits[start : int(self.ends[index])])[: int(np.prod(sides))]
-        x, y, z = (float(c) for c in self.centres_mm[index])
-        return Shape(flat.astype(bool).reshape(sides), (x, y, z))
-
-    @classmethod
-    def from_shapes(cls, shapes: Sequence[Shape], profiles: NDArray[np.float32] | None = None) -> LesionBank:
-        """Pack shapes."""
-        packed = [np.packbits(s.voxels) for s in shapes]
-        return cls(
-            extents=np.array([s.voxels.shape for s in shapes], np.int16).reshape(-1, 3),
-            centres_mm=np.array([s.centre_mm for s in shapes], np.float32).reshape(-1, 3),
-            volumes_mm3=np.array([s.voxels.sum() for s in shapes], np.int32),
-            bits=np.concatenate(packed) if packed else np.zeros(0, np.uint8),
-            ends=np.cumsum([len(p) for p in packed], dtype=np.int64),
-            profiles=np.zeros((0, 11), np.float32) if profiles is None else profiles,
-        )
-
-    @cached_property
-    def log_volumes(self) -> NDArray[np.float64]:
-        """Natural logarithm of the volumes."""
-        return np.log(self.volumes_mm3.astype(np.float64))
-
-    @staticmethod
-    def default_path() -> Path:
-        """Return the shipped bank's path."""
-        return Path(__file__).parent / "assets" / "lesion_bank.npz"
-
-
-@lru_cache(maxsize=4)
-def read_bank(path: str | Path | None = None) -> LesionBank:
-    """Read a lesion bank (default: the shipped one).
-
-    Raises:
-        InputError: Not a lesion bank.
-    """
-    path = path or LesionBank.default_path()
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
-            bank = LesionBank(**{name: stored[name] for name in _FIELDS})
-        bytes_of = -(-bank.extents.astype(np.int64).prod(axis=1) // 8)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(path, f"not a lesion bank ({type(error).__name__})", "build one anew") from error
-    if not len(bank) or not np.array_equal(np.cumsum(bytes_of), bank.ends) or bank.ends[-1] != bank.bits.size:
-        raise InputError(path, "the lesion bank's tables disagree", "build one anew")
-    return bank
-
-
-def build_bank(cases: Iterable[Case]) -> LesionBank:
-    """Return the bank of the lesions of cases: shapes by `shape_of`, each once, and profiles of typical ones.
-
-    Args:
-        cases: Scans with lesion masks, such as `manifest.read_cases` yields.
-
-    Raises:
-        ConfigError: The cases have no such lesion, or none that can be told from the tissue around it.
-    """
-    from synthlong.profile import profiles_in, typical, visible
-
-    shapes: list[Shape] = []
-    profiles = []
-    for case in cases:
-        shapes += shapes_in(case.lesions, case.affine)
-        lesions = find_lesions(case.lesions, max_event_mm3=_LARGEST_MM3)
-        profiles.append(profiles_in(case.flair, lesions)[typical(lesions)])
-    if not shapes or not len(visible(np.concatenate(profiles))):
-        raise ConfigError("a lesion bank needs lesions over 3 mm3, apart and brighter than tissue; pass more cases")
-    return LesionBank.from_shapes(distinct(shapes), np.concatenate(profiles))
-
-
-def write_bank(bank: LesionBank, out: Path) -> None:
-    """Write a bank as `.npz`; use it as `lesion_bank` in a config.
-
-    Raises:
-        OutputError: The place cannot be written to.
-    """
-    file = io.BytesIO()
-    np.savez_compressed(file, allow_pickle=False, **{name: getattr(bank, name) for name in _FIELDS})
-    publish(out, file.getvalue())
-
-
-def shapes_in(mask: NDArray, affine: NDArray[np.float64]) -> list[Shape]:
-    """Return the shapes of a mask's 26-connected lesions that a bank can hold; see `shape_of`.
-
-    Args:
-        mask: Lesion voxels, shape `(I, J, K)`, 1 mm, RAS+.
-        affine: Voxel to MNI millimetres.
-    """
-    labels, _ = ndimage.label(np.asarray(mask) != 0, _TOUCHING)
-    boxes = enumerate(ndimage.find_objects(labels), start=1)
-    found = (shape_of(labels[box] == number, np.array([s.start for s in box]), affine) for number, box in boxes)
-    return [shape for shape in found if shape is not None]
-
-
-def shape_of(voxels: NDArray[np.bool_], first: NDArray[np.int64], affine: NDArray[np.float64]) -> Shape | None:
-    """Return a lesion's shape, None if a bank does not hold such.
-
-    Left out: 3 mm3 or less, more than 3,000 mm3, wider than 40 voxels, and what fills under 15 % of its box (sheets and
-    strings left by registration).
-
-    Args:
-        voxels: The lesion in its bounding box.
-        first: First voxel of the box.
-        affine: Voxel to MNI millimetres.
-    """
-    if not SMALLEST_EVENT_MM3 < voxels.sum() <= _LARGEST_MM3 or max(voxels.shape) > _WIDEST or voxels.mean() < _FULL:
-        return None
-    centre = affine[:3, :3] @ (np.argwhere(voxels).mean(axis=0) + first) + affine[:3, 3]
-    return Shape(voxels, (float(centre[0]), float(centre[1]), float(centre[2])))
-
-
-def distinct(shapes: Iterable[Shape]) -> list[Shape]:
-    """Return each shape at its place once."""
-    return list({(s.centre_mm, s.voxels.tobytes()): s for s in shapes}.values())
 
 
 def grown(mask: NDArray, margin: int) -> NDArray[np.bool_]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from synthlong.bank import LesionBank, read_bank
 from synthlong.case import Case
 from synthlong.comparison import CopyPainter, EllipsoidPainter, donor_of, shapes_for
 from synthlong.derived import lesions_of
@@ -26,7 +27,7 @@ from synthlong.flow import flow_field, flow_weight
 from synthlong.frame import Frame, acquired, on_grid, widened
 from synthlong.hole import REACH, faded, soft_hole
 from synthlong.inpainting import crop
-from synthlong.lesions import LesionBank, LesionMap, core, read_bank
+from synthlong.lesions import LesionMap, core
 from synthlong.networks import default_precision
 from synthlong.painting import LesionPainter
 from synthlong.placement import allowed_of, site_mask

@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from synthlong.bank import LesionBank, Shape
 from synthlong.case import Case
 from synthlong.errors import InputError
 from synthlong.hole import FLUID, grown_box, soft_hole
-from synthlong.lesions import SMALLEST_EVENT_MM3, LesionBank, Shape, grown
+from synthlong.lesions import SMALLEST_EVENT_MM3, grown
 from synthlong.tissue import GRAY, WHITE
 
 __all__ = [

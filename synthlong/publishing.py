@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import secrets
 import shutil
@@ -13,12 +12,10 @@ from tempfile import TemporaryFile
 
 from synthlong.errors import OutputError
 
-__all__ = ["canonical_json", "check_place", "is_full", "make_place", "output_error", "publish"]
+__all__ = ["PROBE", "check_place", "is_full", "is_leftover", "make_place", "output_error", "publish"]
 
-
-def canonical_json(obj: object) -> str:
-    """Return the one JSON text that stands for `obj`: sorted keys, no spaces, a newline at the end."""
-    return json.dumps(obj, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n"
+PROBE = ".probe-"
+"""Begins the name of a file that is there for a moment only, to see whether others see it."""
 
 
 def make_place(path: Path) -> None:
@@ -67,6 +64,11 @@ def publish(path: str | Path, data: bytes) -> None:
         _sync_folder(path.parent)
     except OSError as error:
         raise output_error(path, error, len(data)) from error
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file is what a writer leaves that was killed."""
+    return ".tmp-" in name or name.startswith(PROBE)
 
 
 def is_full(error: OSError) -> bool:

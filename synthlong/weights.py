@@ -23,9 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from synthlong.detection.networks import ConcatUNet, LongitudinalUNet, SegmentationUNet, SiameseUNet, sees
-from synthlong.differences import differences
 from synthlong.errors import InputError
 from synthlong.networks import UNet, UNetConfig, infer
+from synthlong.plain import differences
 from synthlong.publishing import publish
 
 __all__ = [

@@ -10,7 +10,8 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from synthlong.dataset.run import forget, generate
+from synthlong.dataset.making import forget
+from synthlong.dataset.run import generate
 from synthlong.errors import InputWarning
 from synthlong.networks import one_thread
 

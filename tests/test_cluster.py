@@ -12,12 +12,12 @@ import pytest
 from running import bytes_of, made, started, wait_for
 
 from synthlong import SynthesisConfig
+from synthlong.bank import LesionBank
 from synthlong.dataset import cluster as module
 from synthlong.dataset.cluster import DaskPool
 from synthlong.dataset.run import generate
 from synthlong.environment import environment
 from synthlong.errors import ConfigError, OutputError
-from synthlong.lesions import LesionBank
 
 distributed = pytest.importorskip("distributed")
 dask_jobqueue = pytest.importorskip("dask_jobqueue")

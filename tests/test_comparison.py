@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from synthlong.bank import LesionBank, Shape, read_bank
 from synthlong.comparison import CopyPainter, EllipsoidPainter, donor_of, shapes_for
 from synthlong.errors import InputError
 from synthlong.hole import soft_hole
-from synthlong.lesions import LesionBank, Shape, find_lesions, read_bank
+from synthlong.lesions import find_lesions
 from synthlong.placement import Site, shape_at
 from synthlong.profile import Profile
 

@@ -14,9 +14,9 @@ from running import Here, bytes_of, group_is_gone, kill_group, made, put, starte
 
 from synthlong import SynthesisConfig
 from synthlong.dataset import plan, run
-from synthlong.dataset.lock import writer_lock
 from synthlong.dataset.run import generate
 from synthlong.errors import ConfigError, OutputError
+from synthlong.lock import writer_lock
 
 CONFIG = SynthesisConfig(box=32, new_mean=4.0)
 OPTIONS = {"pairs": 12, "seed": 5, "shard_size": 1, "config": CONFIG, "workers": 1}
@@ -126,7 +126,7 @@ def test_shard_that_kills_its_worker_is_reported_and_the_rest_is_made(manifest, 
     (tmp_path / "sitecustomize.py").write_text(
         "import os, signal, sys\n"
         "def look(frame, event, argument):\n"
-        "    if event == 'call' and frame.f_code.co_name == '_make_shard' and frame.f_locals['task'].number == 1:\n"
+        "    if event == 'call' and frame.f_code.co_name == 'make_shard' and frame.f_locals['task'].number == 1:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "sys.setprofile(look)\n"
     )

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from synthlong import inpainting
+from synthlong.bank import LesionBank, Shape
 from synthlong.errors import InputError
 from synthlong.hole import first_guess, hole_in, soft_hole
 from synthlong.inpainting import HealthySampler, Inpainter, _fade, _windows, crop, heal, put
-from synthlong.lesions import LesionBank, Shape
 from synthlong.networks import UNet, UNetConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")

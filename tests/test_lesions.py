@@ -6,18 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
+from synthlong.bank import LesionBank, Shape, build_bank, read_bank, shape_of, write_bank
 from synthlong.errors import ConfigError, InputError
-from synthlong.lesions import (
-    LesionBank,
-    Shape,
-    build_bank,
-    core,
-    find_lesions,
-    grown,
-    read_bank,
-    shape_of,
-    write_bank,
-)
+from synthlong.lesions import core, find_lesions, grown
 from synthlong.manifest import read_cases
 from synthlong.profile import typical
 from synthlong.recipe import draw_recipe, rng_of

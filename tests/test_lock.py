@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from synthlong.dataset import lock
-from synthlong.dataset.lock import LOCK, writer_lock
+from synthlong import lock
 from synthlong.errors import InputWarning, OutputError, short
+from synthlong.lock import LOCK, writer_lock
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from synthlong.dataset.lock import writer_lock
+from synthlong.lock import writer_lock
 with writer_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

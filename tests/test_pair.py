@@ -6,11 +6,12 @@ import torch
 from scipy import ndimage
 
 from synthlong.artifacts import acquire
+from synthlong.bank import read_bank
 from synthlong.derived import lesions_of
 from synthlong.errors import InputError
 from synthlong.event import LesionEvent
 from synthlong.hole import REACH, soft_hole
-from synthlong.lesions import core, read_bank
+from synthlong.lesions import core
 from synthlong.orientation import Orientation
 from synthlong.pair import render
 from synthlong.placement import allowed_of, site_mask

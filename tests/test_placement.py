@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from synthlong.atlas import lesion_prior, sample_map
+from synthlong.bank import LesionBank, Shape, read_bank
 from synthlong.errors import InputError
 from synthlong.hole import FLUID
-from synthlong.lesions import LesionBank, Shape, read_bank
 from synthlong.placement import (
     PlacementMap,
     Site,

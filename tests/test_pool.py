@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from synthlong.dataset.pool import LocalPool, Lost, count
+from synthlong.pool import LocalPool, Lost, count
 
 
 def square(n):

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from synthlong.bank import read_bank
 from synthlong.derived import lesions_of, profiles_of
 from synthlong.errors import ConfigError
 from synthlong.event import LesionEvent
-from synthlong.lesions import core, read_bank
+from synthlong.lesions import core
 from synthlong.orientation import Orientation
 from synthlong.placement import Site, allowed_of, site_mask
 from synthlong.profile import Profile

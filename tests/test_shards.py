@@ -32,7 +32,8 @@ from synthlong.dataset.reader import IMAGES, MASKS
 from synthlong.dataset.shards import ShardDataset
 from synthlong.dataset.writer import Sample, encode_shard, write_shard
 from synthlong.errors import ConfigError, InputError, InputWarning, OutputError, ShardCorruptError, SynthlongError
-from synthlong.publishing import canonical_json, publish
+from synthlong.plain import canonical_json
+from synthlong.publishing import publish
 from synthlong.synthesis import SynthesisConfig
 
 SIDE = 16

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from synthlong import derived, pair
-from synthlong.dataset import run
+from synthlong.dataset import making
 from synthlong.dataset.store import open_case, store_case, stored_stamp
 from synthlong.pair import render
 from synthlong.recipe import draw_recipe, rng_of
@@ -76,7 +76,7 @@ def test_many_cases_take_few_descriptors(stored, tmp_path):
     for n in range(60):
         folder = tmp_path / f"case-{n}"
         shutil.copytree(stored, folder)
-        assert run._opened(folder, CONFIG).id == "small"
+        assert making._opened(folder, CONFIG).id == "small"
     assert len(os.listdir("/proc/self/fd")) - before < 256
-    run._opened.cache_clear()
+    making._opened.cache_clear()
     assert len(os.listdir("/proc/self/fd")) <= before

@@ -19,10 +19,10 @@ from torch import distributed
 from torch.utils.data import DataLoader
 
 from synthlong import PairStream, Recipe, ShardDataset
+from synthlong.bank import LesionBank
 from synthlong.dataset.run import generate
 from synthlong.errors import ConfigError, InputError, InputWarning, OutputError, SynthlongError
 from synthlong.inpainting import Inpainter, heal
-from synthlong.lesions import LesionBank
 from synthlong.synthesis import SynthesisConfig
 
 CONFIG = SynthesisConfig(box=32, new_mean=4.0)

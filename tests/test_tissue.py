@@ -90,7 +90,7 @@ def test_maps_of_a_box_are_cut_out_of_the_atlas():
 def test_maps_follow_the_size_of_a_rigidly_registered_brain():
     matter = tissue_maps()[1] + tissue_maps()[2] > 0.5
     scale, shift = np.array([0.85, 0.88, 0.82]), np.array([14.0, 12.0, 10.0])
-    brain = ndimage.affine_transform(matter, 1 / scale, -shift / scale, MNI_SHAPE, order=0)
+    brain = ndimage.affine_transform(matter, np.diag(1 / scale), -shift / scale, MNI_SHAPE, order=0)
     csf, gm, wm = fitted_tissue_maps(brain, mni_affine())
     fitted = gm + wm > 0.5
     assert 2 * (fitted & brain).sum() / (fitted.sum() + brain.sum()) > 0.97

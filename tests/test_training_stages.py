@@ -15,9 +15,9 @@ from synthlong_cli.main import main
 from training import write_balls, write_scans
 
 from synthlong.artifacts import RandomAcquisition, acquire
+from synthlong.bank import LesionBank
 from synthlong.detection.networks import SegmentationUNet, SiameseUNet
 from synthlong.errors import ConfigError, InputError, OutputError
-from synthlong.lesions import LesionBank
 from synthlong.networks import UNetConfig
 from synthlong.orientation import draw_orientation
 from synthlong.synthesis import SynthesisConfig

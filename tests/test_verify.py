@@ -23,7 +23,7 @@ from synthlong.dataset.index import write_index
 from synthlong.dataset.shards import ShardDataset
 from synthlong.dataset.verify import rebuild_index, verify
 from synthlong.errors import InputError
-from synthlong.publishing import canonical_json
+from synthlong.plain import canonical_json
 
 Fault = Callable[[Path], None]
 

@@ -6,7 +6,8 @@ import numpy as np
 from synthlong.dataset.index import write_index
 from synthlong.dataset.plan import make_plan, shard_config
 from synthlong.dataset.writer import Sample, write_shard
-from synthlong.publishing import canonical_json, publish
+from synthlong.plain import canonical_json
+from synthlong.publishing import publish
 from synthlong.recipe import Box, Recipe
 from synthlong.synthesis import SynthesisConfig
 

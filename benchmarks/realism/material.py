@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from synthlong.bank import read_bank
 from synthlong.case import Case, patient_of
 from synthlong.derived import lesions_of, profiles_of
 from synthlong.inpainting import Inpainter, crop, heal
-from synthlong.lesions import LesionMap, grown, read_bank
+from synthlong.lesions import LesionMap, grown
 from synthlong.networks import default_precision
 from synthlong.painting import LesionPainter
 from synthlong.pair import painter_of, render

@@ -6,9 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import ks_2samp
 
+from synthlong.bank import read_bank
 from synthlong.case import Case
 from synthlong.hole import FLUID, soft_hole
-from synthlong.lesions import find_lesions, read_bank
+from synthlong.lesions import find_lesions
 from synthlong.placement import allowed_of, site_mask
 from synthlong.prior import read_mask
 from synthlong.profile import depth_in

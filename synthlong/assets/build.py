@@ -16,7 +16,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from synthlong import atlas, lesions, prior
+from synthlong import atlas, bank, prior
 from synthlong.case import read_case
 from synthlong.nifti import read_nifti
 
@@ -173,19 +173,19 @@ def build_bank(data: Path, out: Path) -> None:
     affine = atlas.mni_affine()
     shapes = []
     for path in sorted(data.glob("open_ms/cross_sectional/*desc-lesions_mask.nii.gz")):
-        shapes += lesions.shapes_in(read_nifti(path, allow_empty=True).data[::-1], affine)  # stored LAS
+        shapes += bank.shapes_in(read_nifti(path, allow_empty=True).data[::-1], affine)  # stored LAS
     with np.load(data / "csim" / "lesions.npz", allow_pickle=False) as z:
         for n, (first, sides, end) in enumerate(zip(z["offset"], z["shape"], z["end"], strict=True)):
             start = z["end"][n - 1] if n else 0
             flat = np.unpackbits(z["bits"][start:end])[: int(np.prod(sides))]
             first = np.asarray(first, np.int64)
             first[0] = atlas.MNI_SHAPE[0] - first[0] - sides[0]  # stored LAS, as the masks
-            if shape := lesions.shape_of(flat.reshape(sides).astype(bool)[::-1], first, affine):
+            if shape := bank.shape_of(flat.reshape(sides).astype(bool)[::-1], first, affine):
                 shapes.append(shape)
     masks = [(m, m.with_name(m.name.replace("desc-lesions_mask", "FLAIR"))) for m in sorted(data.rglob(_MASKS))]
-    labelled = lesions.build_bank(read_case(flair, mask) for mask, flair in masks if flair.exists())
-    bank = lesions.LesionBank.from_shapes(lesions.distinct(shapes), labelled.profiles)
-    lesions.write_bank(bank, out / "lesion_bank.npz")
+    labelled = bank.build_bank(read_case(flair, mask) for mask, flair in masks if flair.exists())
+    of_all = bank.LesionBank.from_shapes(bank.distinct(shapes), labelled.profiles)
+    bank.write_bank(of_all, out / "lesion_bank.npz")
 
 
 def build_cases(data: Path, out: Path) -> None:

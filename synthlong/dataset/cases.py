@@ -13,15 +13,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from synthlong.bank import LesionBank, read_bank
 from synthlong.dataset.plan import asset_hashes
-from synthlong.dataset.pool import Lost, Pool, count
 from synthlong.dataset.store import stamp_of, store_case, stored_stamp
 from synthlong.errors import InputError, InputWarning, OutputError, SynthlongError
 from synthlong.inpainting import Inpainter, heal
-from synthlong.lesions import LesionBank, read_bank
 from synthlong.manifest import CaseFiles, warn_of_twins
 from synthlong.painting import LesionPainter
 from synthlong.pair import Painter, painter_of
+from synthlong.pool import Lost, Pool, count
 from synthlong.synthesis import SynthesisConfig
 
 __all__ = [

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from synthlong.dataset import pool
-from synthlong.dataset.plan import PROBE
-from synthlong.dataset.pool import Pool, call
+from synthlong import pool
 from synthlong.environment import environment
 from synthlong.errors import ConfigError, OutputError
+from synthlong.pool import Pool, call
+from synthlong.publishing import PROBE
 
 __all__ = ["DaskPool"]
 
@@ -228,7 +228,7 @@ def _check(demand: _Demand) -> None:
     """Raise unless this worker can make the run's bytes."""
     import distributed
 
-    from synthlong.dataset import run
+    from synthlong.dataset import making
 
     global _demand
     if demand == _demand:
@@ -249,7 +249,7 @@ def _check(demand: _Demand) -> None:
             if here[key].get(name) != value:
                 problem = f"has {name} {here[key].get(name)}, the run {value}"
                 raise OutputError(worker.address, problem, "start workers that are all alike")
-    run.forget()  # this worker may have served another run
+    making.forget()  # this worker may have served another run
     _demand = demand
 
 

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from synthlong.dataset.reader import SCHEMA, VOLUMES, check_schema
 from synthlong.dataset.writer import shard_name, shard_path
 from synthlong.errors import InputError, ShardCorruptError
-from synthlong.publishing import canonical_json, publish
+from synthlong.plain import canonical_json
+from synthlong.publishing import publish
 
 __all__ = [
     "SHARD",

@@ -15,24 +15,22 @@ from typing import Any
 
 import synthlong
 from synthlong.atlas import prior_path
-from synthlong.dataset.lock import LOCK
-from synthlong.differences import differences
+from synthlong.bank import LesionBank
 from synthlong.environment import environment
 from synthlong.errors import ConfigError, InputError, OutputError, short
 from synthlong.inpainting import Inpainter
-from synthlong.lesions import LesionBank
+from synthlong.lock import LOCK
 from synthlong.painting import LesionPainter
-from synthlong.publishing import canonical_json, publish
+from synthlong.plain import canonical_json, differences
+from synthlong.publishing import is_leftover, publish
 from synthlong.synthesis import SynthesisConfig
 
 __all__ = [
-    "PROBE",
     "adopt_plan",
     "asset_hashes",
     "bundled_cases",
     "check_folder",
     "check_space",
-    "is_leftover",
     "make_plan",
     "read_plan",
     "shard_config",
@@ -41,7 +39,6 @@ __all__ = [
 ]
 
 SCHEMA = "synthlong-run/1"
-PROBE = ".probe-"
 _BUNDLED = "bundled"
 _NOT_DECISIVE = ("run_id", "source")
 
@@ -189,11 +186,6 @@ def check_folder(out: Path) -> None:
         if foreign:
             problem = f"the folder is not empty and holds no run (first: {min(foreign)!a})"
             raise ConfigError(f"{short(out)}: {problem}; name a new or empty folder")
-
-
-def is_leftover(name: str) -> bool:
-    """Whether a file is what a writer that was killed leaves in a run's folder."""
-    return ".tmp-" in name or name.startswith(PROBE)
 
 
 def check_space(out: Path, *, need_mb: float) -> None:

@@ -21,11 +21,11 @@ from synthlong.case import Case
 from synthlong.dataset.store import MOST_OPEN, open_case, stamp_of, store_case, stored_stamp
 from synthlong.errors import ConfigError, InputError, OutputError
 from synthlong.manifest import CaseFiles, find_cases
+from synthlong.plain import plain_hash
 from synthlong.progress import Progress
-from synthlong.publishing import canonical_json
 from synthlong.synthesis import SynthesisConfig
 
-__all__ = ["PreparedCases", "plain_hash"]
+__all__ = ["PreparedCases"]
 
 _ARRAYS = ("flair", "lesions", "brain", "tissue", "healthy", "affine")
 
@@ -100,11 +100,6 @@ class PreparedCases:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}}
-
-
-def plain_hash(plain: Any) -> str:
-    """Return a short hash of plain JSON."""
-    return hashlib.sha256(canonical_json(plain).encode()).hexdigest()[:16]
 
 
 def _found(cases: str | Path | Iterable[CaseFiles | Case]) -> list[CaseFiles | Case]:

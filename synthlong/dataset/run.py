@@ -10,19 +10,17 @@ if need be; the other cases are only hashed.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from synthlong.case import Case
-from synthlong.dataset.cases import Preparation, case_folder, check_assets, kept_synthesis, prepare_cases, synthesis_of
+from synthlong.dataset.cases import Preparation, case_folder, prepare_cases, synthesis_of
 from synthlong.dataset.index import (
     Index,
     found_files,
@@ -32,34 +30,31 @@ from synthlong.dataset.index import (
     recorded_samples,
     write_index,
 )
-from synthlong.dataset.lock import writer_lock
+from synthlong.dataset.making import ShardTask, make_shard
 from synthlong.dataset.plan import (
     adopt_plan,
     asset_hashes,
     check_folder,
     check_space,
-    is_leftover,
     make_plan,
     read_plan,
-    shard_config,
     shard_samples,
 )
-from synthlong.dataset.pool import LocalPool, Lost, Pool, count, stop_if_told
-from synthlong.dataset.reader import IMAGES, ShardReader
+from synthlong.dataset.reader import ShardReader
 from synthlong.dataset.shards import ShardDataset
-from synthlong.dataset.store import MOST_OPEN, open_case
-from synthlong.dataset.writer import Sample, image_as_stored, shard_path, write_shard
+from synthlong.dataset.writer import shard_path
 from synthlong.environment import environment
 from synthlong.errors import ConfigError, InputError, OutputError
+from synthlong.lock import writer_lock
 from synthlong.manifest import find_cases
 from synthlong.networks import settled
-from synthlong.pair import Pair, render
+from synthlong.plain import canonical_json
+from synthlong.pool import LocalPool, Lost, Pool, processors
 from synthlong.progress import Progress
-from synthlong.publishing import canonical_json, publish
-from synthlong.recipe import draw_recipe, rng_of
+from synthlong.publishing import is_leftover, publish
 from synthlong.synthesis import SynthesisConfig
 
-__all__ = ["Outcome", "forget", "generate", "processors"]
+__all__ = ["Outcome", "generate"]
 
 _MB_PER_PAIR = {"blosc-lz4": 0.75, "none": 2.1}
 _MB_PER_CASE = 140
@@ -177,11 +172,6 @@ def generate(
     return Outcome(pairs, shards, made, seconds, failures, lost)
 
 
-def processors() -> int:
-    """Return the number of processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _complete(out: Path) -> bool:
     """Whether the folder holds a whole run: its own index, and shards of the sizes that it says."""
     try:
@@ -252,16 +242,6 @@ def _pool(workers: int, scheduler: str | None, out: Path, config: SynthesisConfi
     return DaskPool(scheduler, folder=out, environment=environment(config.device))
 
 
-@dataclass(frozen=True)
-class _Shard:
-    """The task of making one shard; all else stands in the folder's plan."""
-
-    out: Path
-    run_id: str
-    number: int
-    config: SynthesisConfig
-
-
 def _find_shards(out: Path, plan: dict[str, Any], progress: Progress | None) -> dict[int, dict[str, Any]]:
     """Return what the index needs of each shard that is there."""
     sidecars, numbers = {}, range(len(planned_shards(plan)))
@@ -292,10 +272,10 @@ def _make_shards(
     """Make every shard that has no sidecar, and add it; return how many pairs were made, and what was lost."""
     pairs, numbers = plan["pairs"], range(len(planned_shards(plan)))
     there = sum(sidecar["n"] for sidecar in sidecars.values())
-    todo = [_Shard(out, plan["run_id"], n, config) for n in numbers if n not in sidecars]
+    todo = [ShardTask(out, plan["run_id"], n, config) for n in numbers if n not in sidecars]
     report = (lambda n: progress("pairs", there + n, pairs)) if progress else None
     lost = {}
-    for result in pool.run(_make_shard, todo, report):
+    for result in pool.run(make_shard, todo, report):
         if isinstance(result, Lost):
             number = result.task.number
             after = f", the last time after {result.counted} pairs" if result.counted else ""
@@ -316,62 +296,3 @@ def _done(out: Path, plan: dict[str, Any], number: int) -> dict[str, Any] | None
             return index_part(sidecar) if shard.run_id() == plan["run_id"] else None
     except (OSError, InputError):
         return None
-
-
-# In a worker
-
-
-def _make_shard(task: _Shard) -> tuple[int, dict[str, Any]]:
-    plan = _plan_of(task.out, task.run_id, task.config)
-    _, painter, bank = kept_synthesis(task.config)
-    cases, samples = plan["cases"], []
-    for k, patient in shard_samples(plan, task.number):
-        stop_if_told()
-        case = _opened(case_folder(task.out / "work", cases[k % len(cases)]["subject"]), task.config)
-        recipe = draw_recipe(case, task.config, rng_of(plan["seed"], case.id, k))
-        samples.append(_sample(render(case, recipe, painter=painter, bank=bank), patient, k))
-        count()
-    sidecar = write_shard(
-        task.out,
-        task.number,
-        samples,
-        first_index=task.number * plan["shard_size"],
-        config_json=canonical_json(shard_config(plan)),
-        versions_json=canonical_json(plan["versions"]),
-        compression=task.config.compression,
-    )
-    return task.number, index_part(sidecar)
-
-
-def _sample(pair: Pair, patient: str, index: int) -> Sample:
-    images = {name: image_as_stored(getattr(pair, name), f"pair {index} ({patient}): {name}") for name in IMAGES}
-    return Sample(
-        **images,
-        new_lesions=pair.new_lesions,
-        evolution=pair.evolution,
-        lesions_baseline=pair.lesions_baseline,
-        lesions_followup=pair.lesions_followup,
-        recipe=pair.recipe.to_json(),
-        subject=patient,
-    )
-
-
-def forget() -> None:
-    """Forget what this process has kept of a run: files may have changed when it works on the next."""
-    for kept in (_plan_of, _opened, kept_synthesis):
-        kept.cache_clear()
-
-
-@lru_cache(maxsize=1)
-def _plan_of(out: Path, run_id: str, config: SynthesisConfig) -> dict[str, Any]:
-    """Return the plan that the folder holds, checked once per process."""
-    plan = read_plan(out)
-    if plan["run_id"] != run_id:
-        raise OutputError(out, "its run.json was replaced while the run went on", "run the same command again")
-    check_assets(config, plan["assets"])
-    return plan
-
-
-@lru_cache(maxsize=MOST_OPEN)
-def _opened(folder: Path, config: SynthesisConfig) -> Case:
-    return open_case(folder, config)

@@ -17,12 +17,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from synthlong.bank import read_bank
 from synthlong.case import Case
 from synthlong.comparison import shapes_for
 from synthlong.derived import bounds_of, histogram_of, lesions_of, placements_of, profiles_of
 from synthlong.environment import environment
 from synthlong.errors import OutputError
-from synthlong.lesions import LesionMap, read_bank
+from synthlong.lesions import LesionMap
 from synthlong.placement import PlacementMap, allowed_of
 from synthlong.synthesis import SynthesisConfig
 

@@ -19,20 +19,20 @@ from numpy.typing import NDArray
 from torch import distributed
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from synthlong.bank import LesionBank
 from synthlong.case import Case
 from synthlong.dataset.cases import check_assets, synthesis_of
 from synthlong.dataset.plan import asset_hashes
-from synthlong.dataset.prepared import PreparedCases, plain_hash
+from synthlong.dataset.prepared import PreparedCases
 from synthlong.dataset.reader import IMAGES
 from synthlong.dataset.shards import checked_keys, seeded, tell_affine
 from synthlong.dataset.writer import image_as_stored
-from synthlong.differences import differences
 from synthlong.errors import ConfigError
 from synthlong.inpainting import Inpainter, heal
-from synthlong.lesions import LesionBank
 from synthlong.manifest import CaseFiles
 from synthlong.networks import one_thread, settled
 from synthlong.pair import Painter, render
+from synthlong.plain import differences, plain_hash
 from synthlong.progress import Progress
 from synthlong.recipe import draw_recipe, rng_of
 from synthlong.synthesis import SynthesisConfig

@@ -28,11 +28,12 @@ from synthlong.dataset.index import (
     recorded_samples,
     write_index,
 )
-from synthlong.dataset.plan import is_leftover, read_plan, shard_samples
+from synthlong.dataset.plan import read_plan, shard_samples
 from synthlong.dataset.reader import ShardReader
 from synthlong.dataset.writer import shard_name
 from synthlong.errors import InputError
 from synthlong.progress import Progress
+from synthlong.publishing import is_leftover
 
 __all__ = ["Problem", "Report", "rebuild_index", "verify"]
 

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from synthlong.dataset.reader import IMAGES, MASKS, SCHEMA, VOLUMES
 from synthlong.errors import ConfigError, SynthlongError
-from synthlong.publishing import canonical_json, output_error, publish
+from synthlong.plain import canonical_json
+from synthlong.publishing import output_error, publish
 
 __all__ = [
     "Sample",

@@ -19,13 +19,12 @@ from functools import lru_cache
 from pathlib import Path
 
 import synthlong
-from synthlong.dataset.lock import writer_lock
-from synthlong.dataset.plan import is_leftover
-from synthlong.dataset.pool import LocalPool, Lost, Stopped, count, stop_if_told
-from synthlong.dataset.run import processors
 from synthlong.errors import ConfigError, InputError, InputWarning, OutputError, SynthlongError, short
 from synthlong.inpainting import Inpainter
+from synthlong.lock import writer_lock
 from synthlong.networks import one_thread, settled
+from synthlong.plain import canonical_json
+from synthlong.pool import LocalPool, Lost, Stopped, count, processors, stop_if_told
 from synthlong.preparation.config import PreparationConfig
 from synthlong.preparation.derivatives import FIGURES, description, read_record, sha256_of
 from synthlong.preparation.memory import usable_memory_gb
@@ -36,7 +35,7 @@ from synthlong.preparation.tables import Records, read_records, write_tables
 from synthlong.preparation.task import Task, planned_of, record_of
 from synthlong.preparation.tools import load_ants, load_hd_bet
 from synthlong.progress import Progress
-from synthlong.publishing import canonical_json, publish
+from synthlong.publishing import is_leftover, publish
 
 __all__ = ["Outcome", "prepare"]
 

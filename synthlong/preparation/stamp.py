@@ -15,10 +15,10 @@ import nibabel as nib
 from nibabel.imageglobals import LoggingOutputSuppressor
 
 import synthlong
-from synthlong.differences import differences
 from synthlong.inpainting import Inpainter
 from synthlong.networks import settled
 from synthlong.nifti import TOLERANCE_MM, corner_distance_mm
+from synthlong.plain import differences
 from synthlong.preparation.config import PreparationConfig
 from synthlong.preparation.derivatives import sha256_of
 from synthlong.preparation.scans import Scan

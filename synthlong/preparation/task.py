@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from synthlong.differences import differences
 from synthlong.errors import InputError, InputWarning, short
 from synthlong.manifest import warn_of_twins
 from synthlong.nifti import sidecar_of
+from synthlong.plain import differences
 from synthlong.preparation.config import PreparationConfig
 from synthlong.preparation.derivatives import file_name, read_record, sha256_of
 from synthlong.preparation.scans import Scan, some

@@ -28,8 +28,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 import synthlong
-from synthlong.dataset.lock import file_lock
 from synthlong.errors import InputError
+from synthlong.lock import file_lock
 from synthlong.networks import UNet
 from synthlong.progress import StepProgress
 from synthlong.signals import hold_signals

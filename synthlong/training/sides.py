@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from synthlong.dataset.prepared import plain_hash
 from synthlong.detection.networks import ConcatUNet, SegmentationUNet
 from synthlong.manifest import find_cases, manifest_rows, warn_of_twins
+from synthlong.plain import plain_hash
 from synthlong.training.patches import PAIR, Drawn, Network, Patches, read_patches
 from synthlong.training.training_config import TrainingConfig
 

@@ -1,12 +1,24 @@
-"""What differs between two plans, configs or settings, in words for a message."""
+"""Plain JSON values: the one text of each, a short hash of that, and what differs between two, in words."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
-__all__ = ["differences"]
+__all__ = ["canonical_json", "differences", "plain_hash"]
 
 _LONGEST = 24
+
+
+def canonical_json(obj: object) -> str:
+    """Return the one JSON text that stands for `obj`: sorted keys, no spaces, a newline at the end."""
+    return json.dumps(obj, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n"
+
+
+def plain_hash(plain: Any) -> str:
+    """Return a short hash of plain JSON."""
+    return hashlib.sha256(canonical_json(plain).encode()).hexdigest()[:16]
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

@@ -24,7 +24,7 @@ from typing import Any
 import pebble
 import torch
 
-__all__ = ["LocalPool", "Lost", "Pool", "Stopped", "begin", "call", "count", "stop_if_told"]
+__all__ = ["LocalPool", "Lost", "Pool", "Stopped", "begin", "call", "count", "processors", "stop_if_told"]
 
 _AHEAD = 2
 _POLL_S = 0.5
@@ -189,6 +189,11 @@ class _Spawning(SpawnContext):
     def Process(self, *args: Any, **options: Any) -> SpawnProcess:  # type: ignore[override]
         self.started.append(SpawnProcess(*args, **options))
         return self.started[-1]
+
+
+def processors() -> int:
+    """Return the number of processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def call(slot: int, work: Callable[[Any], Any], task: Any) -> Any:
