@@ -15,6 +15,9 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
     A stage is named by its unit; what follows a comma is shown and may change.
     """
+    if sys.stderr is None or not sys.stderr.isatty():  # None where it was closed before the start
+        yield lambda *_: None  # older versions of rich end even a bar that is not shown with a line
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -26,8 +29,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
         TimeRemainingColumn(),
     )
     bars: dict[str, TaskID] = {}
-    on_terminal = sys.stderr is not None and sys.stderr.isatty()  # None where it was closed before the start
-    with Progress(*columns, console=Console(stderr=True), disable=not on_terminal) as view:
+    with Progress(*columns, console=Console(stderr=True)) as view:
 
         def show(stage: str, done: int, total: int) -> None:
             unit = stage.split(",")[0]

@@ -207,7 +207,7 @@ def check_device(device: str) -> None:
 def default_precision(device: str = "cpu") -> Literal["bf16", "float32"]:
     """Return "bf16" where the device computes it natively, else "float32"."""
     if device.startswith("cuda"):
-        return "bf16" if torch.cuda.is_bf16_supported() else "float32"
+        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
     native = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every torch
     return "bf16" if any(getattr(torch.cpu, name, bool)() for name in native) else "float32"
 

@@ -109,6 +109,74 @@ def test_a_sample_lies_in_one_piece(tmp_path: Path) -> None:
     assert ((start[:, 1:] - end[:, :-1]) < 4096).all()
 
 
+def headers_of(data: bytes) -> list[tuple[int, int, int, dict[int, int]]]:
+    """Of each object: where its header begins and where its checksum stands, its flags, and where each message begins.
+
+    HDF5 File Format Specification 3.0, section IV.A.1.b.
+    """
+    found, at = [], -1
+    while (at := data.find(b"OHDR", at + 1)) >= 0:
+        flags = data[at + 5]
+        width, place = 1 << (flags & 3), at + 6 + 16 * (flags >> 5 & 1) + 4 * (flags >> 4 & 1)
+        end = place + width + int.from_bytes(data[place : place + width], "little")
+        place, messages = place + width, {}
+        while place < end - 4:
+            kind, size = data[place], int.from_bytes(data[place + 1 : place + 3], "little")
+            place += 4 + 2 * (flags >> 2 & 1)
+            messages[kind], place = place, place + size
+        found.append((at, end, flags, messages))
+    return found
+
+
+def lookup3(data: bytes) -> int:
+    """Bob Jenkins's hash `hashlittle` with initial value 0, the checksum of HDF5's metadata."""
+
+    def turn(x: int, by: int) -> int:
+        return (x << by | x >> 32 - by) & 0xFFFFFFFF
+
+    def word(part: bytes, n: int) -> int:
+        return int.from_bytes(part[4 * n : 4 * n + 4], "little")
+
+    v = [(0xDEADBEEF + len(data)) & 0xFFFFFFFF] * 3
+    while True:
+        part, data = data[:12], data[12:]
+        v = [(x + word(part, n)) & 0xFFFFFFFF for n, x in enumerate(v)]
+        if not data:
+            break
+        for n, by in enumerate((4, 6, 8, 16, 19, 4)):
+            a, b, c = n % 3, (n + 1) % 3, (n + 2) % 3
+            v[a] = (v[a] - v[c] & 0xFFFFFFFF) ^ turn(v[c], by)
+            v[c] = v[c] + v[b] & 0xFFFFFFFF
+    for n, by in enumerate((14, 11, 25, 16, 4, 14, 24)):
+        a, b = (2 + n) % 3, (1 + n) % 3
+        v[a] = (v[a] ^ v[b]) - turn(v[b], by) & 0xFFFFFFFF
+    return v[2]
+
+
+@pytest.mark.parametrize("compression", ["blosc-lz4", "none"])
+def test_hdf5_of_2016_can_read_it_and_no_header_holds_a_time(compression: str) -> None:
+    """HDF5 2.0 would write layout messages of version 5, which 1.14 refuses; 1.10 knows 4."""
+    data = encode_shard([make_sample(0)], **JSONS, compression=compression)[0]
+    headers = headers_of(data)
+    assert data[8] == 3  # the superblock's version, of 1.10
+    assert len(headers) == 1 + len(TABLE) + 2
+    assert all(lookup3(data[start:end]) == int.from_bytes(data[end : end + 4], "little") for start, end, *_ in headers)
+    assert not any(flags & 0x20 for _, _, flags, _ in headers)
+    assert [data[messages[8]] for *_, messages in headers if 8 in messages] == [4] * (len(TABLE) + 2)
+
+
+def test_a_format_of_a_newer_hdf5_is_no_damage(tmp_path: Path) -> None:
+    """Those who have an older HDF5 than the writer's are not told to delete the shard."""
+    data = bytearray(encode_shard([make_sample(0)], **JSONS)[0])
+    start, end, _, messages = headers_of(bytes(data))[1]
+    data[messages[8]] = 9
+    data[end : end + 4] = lookup3(bytes(data[start:end])).to_bytes(4, "little")
+    (tmp_path / "newer.h5").write_bytes(data)
+    with pytest.raises(InputError, match=r"format that HDF5 \d\S+ does not know; install a newer h5py") as refusal:
+        ShardReader(tmp_path / "newer.h5")
+    assert not isinstance(refusal.value, ShardCorruptError)
+
+
 def test_a_disk_may_give_fewer_bytes_than_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, _ = encode_shard([make_sample(k) for k in range(2)], **JSONS)
     (tmp_path / "0.h5").write_bytes(data)

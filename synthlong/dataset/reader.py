@@ -105,7 +105,7 @@ class ShardReader:
         n: Number of samples.
 
     Raises:
-        InputError: The file cannot be opened, or a newer synthlong wrote it.
+        InputError: The file cannot be opened, or a newer synthlong or HDF5 wrote it.
         ShardCorruptError: Its bytes are not those that were written, or its layout is not the contract's.
     """
 
@@ -349,4 +349,7 @@ def _corruption_named(path: Path, sample: int | None) -> Iterator[None]:
     except _LayoutError as error:
         raise ShardCorruptError(path, sample, str(error)) from error
     except (KeyError, OverflowError, RuntimeError, TypeError, ValueError, struct.error) as error:
+        if "bad version number" in str(error):  # in metadata whose checksum is right
+            problem = f"is of a format that HDF5 {h5py.version.hdf5_version} does not know"
+            raise InputError(path, problem, "install a newer h5py: pip install -U h5py") from error
         raise ShardCorruptError(path, sample, "it cannot be decoded") from error

@@ -99,7 +99,7 @@ def encode_shard(
     recipes = [sample.recipe.encode() for sample in samples]
 
     buffer = io.BytesIO()
-    with _blosc_environment_ignored(), h5py.File(buffer, "w", libver="latest", rdcc_nbytes=0) as file:
+    with _blosc_environment_ignored(), _empty_file(buffer) as file:
         file.attrs["schema"] = SCHEMA  # first of all: `reader` looks for it at the head of the file
         file.attrs["config"] = config_json
         file.attrs["versions"] = versions_json
@@ -202,6 +202,20 @@ def image_as_stored(image: NDArray, called: str) -> NDArray[np.float16]:
         problem = "holds NaN or values beyond float16 (65504); check the scan with `synthlong check`"
         raise SynthlongError(f"{called} {problem}")
     return stored
+
+
+def _empty_file(buffer: io.BytesIO) -> Any:
+    """Return a new HDF5 file, made by HDF5 itself: h5py before 3.15 would put the time into it.
+
+    Of the format of HDF5 1.10 (2016), whose metadata have checksums: the latest is read by the latest HDF5 only.
+    """
+    access, creation = h5py.h5p.create(h5py.h5p.FILE_ACCESS), h5py.h5p.create(h5py.h5p.FILE_CREATE)
+    access.set_fileobj_driver(h5py.h5fd.fileobj_driver, buffer)
+    access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
+    access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
+    access.set_cache(0, 1, 0, 0)  # each chunk is written at once, in whole
+    creation.set_obj_track_times(False)
+    return h5py.File(h5py.h5f.create(b"shard", h5py.h5f.ACC_TRUNC, creation, access))
 
 
 def _create(
