@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from synthlong.bank import LesionBank, Shape
+from synthlong.boxes import crop
 from synthlong.case import Case
 from synthlong.errors import InputError
 from synthlong.hole import first_guess, hole_in
-from synthlong.inpainting import crop
 from synthlong.lesions import LesionMap
 from synthlong.placement import Site, shape_at
 from synthlong.profile import Profile, contrast_of, soft_depth

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synthlong.atlas import MNI_VOXELS, lesion_prior, sample_map
+from synthlong.boxes import box_of
 from synthlong.case import Case
-from synthlong.hole import grown_box
 from synthlong.lesions import LesionMap, find_lesions
 from synthlong.placement import PlacementMap, find_placements
 from synthlong.profile import profiles_in, typical
@@ -50,7 +50,7 @@ def placements_of(case: Case, config: SynthesisConfig) -> PlacementMap:
 def bounds_of(case: Case) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return first and last + 1 voxel of the brain along each axis, worked out once."""
     if "bounds" not in case.derived:
-        box = grown_box(case.brain > 0, 0)
+        box = box_of(case.brain > 0, 0)
         case.derived["bounds"] = (np.array([b.start for b in box]), np.array([b.stop for b in box]))
     return case.derived["bounds"]
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synthlong.bank import LesionBank, read_bank
+from synthlong.boxes import Box, on_grid, widened
 from synthlong.case import Case
 from synthlong.comparison import shapes_for
 from synthlong.derived import lesions_of, placements_of, profiles_of
@@ -19,7 +20,7 @@ from synthlong.synthesis import SynthesisConfig
 
 __all__ = ["LesionEvent", "Placed", "draw_events"]
 
-Placed = tuple[NDArray[np.bool_], tuple[slice, ...]]
+Placed = tuple[NDArray[np.bool_], Box]
 """A lesion's voxels in a box of the case's grid, and the box."""
 
 _PLACEMENT_TRIES = 20
@@ -187,10 +188,8 @@ def _draw_synthetic(
     return drawn
 
 
-def _take(taken: NDArray[np.bool_], mask: NDArray[np.bool_], box: tuple[slice, ...], margin: int) -> None:
+def _take(taken: NDArray[np.bool_], mask: NDArray[np.bool_], box: Box, margin: int) -> None:
     """Mark a lesion and its surroundings as taken."""
-    wide = tuple(
-        slice(max(b.start - margin, 0), min(b.stop + margin, n)) for b, n in zip(box, taken.shape, strict=True)
-    )
+    wide = on_grid(widened(box, margin), taken.shape)
     pad = [(b.start - w.start, w.stop - b.stop) for b, w in zip(box, wide, strict=True)]
     taken[wide] |= grown(np.pad(mask, pad), margin)

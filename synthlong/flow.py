@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from synthlong.boxes import Box, on_grid, widened, within
 from synthlong.case import Case
 from synthlong.tissue import CSF
 
@@ -22,22 +23,21 @@ _CALM = 0.5
 _PAD = _RIM + 4
 
 
-def flow_weight(case: Case, region: tuple[slice, ...]) -> NDArray[np.float32]:
+def flow_weight(case: Case, region: Box) -> NDArray[np.float32]:
     """Return where fluid may be brighter: 1 in CSF and within 3 voxels of the brain's surface, with a soft edge.
 
     Args:
         case: The case.
         region: Part of its grid.
     """
-    wide = tuple(slice(max(r.start - _PAD, 0), r.stop + _PAD) for r in region)
-    inner = tuple(slice(r.start - w.start, r.stop - w.start) for r, w in zip(region, wide, strict=True))
+    wide = on_grid(widened(region, _PAD), case.shape)
     brain = case.brain[wide] > 0
     rim = brain & ~ndimage.binary_erosion(brain, iterations=_RIM, border_value=1)
     fluid = (rim | (case.tissue[wide] == CSF)).astype(np.float32)
-    return (ndimage.gaussian_filter(fluid, _EDGE) * brain)[inner]
+    return (ndimage.gaussian_filter(fluid, _EDGE) * brain)[within(region, wide)]
 
 
-def flow_field(shape: tuple[int, ...], region: tuple[slice, ...], *, seed: int) -> NDArray[np.float32]:
+def flow_field(shape: tuple[int, ...], region: Box, *, seed: int) -> NDArray[np.float32]:
     """Return how much brighter: 0 in most places, smooth, 1 at most; the same from any region.
 
     Args:

@@ -13,14 +13,13 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from synthlong.boxes import Box, box_at, on_grid, overlap, widened, within
 from synthlong.case import Case
 from synthlong.orientation import AS_IT_LIES, Orientation
 from synthlong.recipe import Recipe
 from synthlong.resampling import SHIFT_REACH
 
-__all__ = ["MOVING", "Frame", "Region", "acquired", "on_grid", "widened"]
-
-Region = tuple[slice, ...]
+__all__ = ["MOVING", "Frame", "acquired"]
 
 MOVING = 8
 """How far beyond a box motion looks: what moves into it is the head around it, not nothing."""
@@ -42,8 +41,8 @@ class Frame:
         grid: Affine of the case's grid.
     """
 
-    region: Region
-    wide: Region
+    region: Box
+    wide: Box
     margins: tuple[int, int]
     shown: Orientation
     scanned: Orientation
@@ -54,7 +53,7 @@ class Frame:
         """Return the frame of a recipe's box, or of the whole grid, which stays as it lies if turning changes it."""
         start = (0, 0, 0) if whole else recipe.box.start
         shape = case.shape if whole else (recipe.box.size,) * 3
-        region = tuple(slice(s, s + n) for s, n in zip(start, shape, strict=True))
+        region = box_at(start, shape)
         artifacts, turn = recipe.artifacts, recipe.orientation
         bare = whole or artifacts.before_editing
         first, last = (0 if bare else _margin_of(steps) for steps in (artifacts.baseline, artifacts.followup))
@@ -91,7 +90,7 @@ class Frame:
             scan = self.scanned.inverse.apply(scan)
         return np.ascontiguousarray(scan[tuple(slice(margin, n - margin) for n in scan.shape)])
 
-    def _affine_of(self, part: Region, turn: Orientation) -> NDArray[np.float64]:
+    def _affine_of(self, part: Box, turn: Orientation) -> NDArray[np.float64]:
         affine = self.grid.copy()
         affine[:3, 3] += affine[:3, :3] @ np.array([s.start for s in part], float)
         return turn.apply_affine(affine, tuple(s.stop - s.start for s in part))
@@ -107,23 +106,13 @@ def acquired(image: NDArray[np.float32], steps: tuple[Any, ...], affine: NDArray
     return acquire(x, steps=steps, affine=affine, zero_background=True).numpy()
 
 
-def widened(region: Region, margin: int) -> Region:
-    """Return a region with so many voxels more on each face."""
-    return tuple(slice(r.start - margin, r.stop + margin) for r in region)
-
-
-def on_grid(region: Region, shape: tuple[int, ...]) -> Region:
-    """Return what of a region lies on a grid."""
-    return tuple(slice(max(r.start, 0), min(r.stop, n)) for r, n in zip(region, shape, strict=True))
-
-
 def _margin_of(steps: tuple[Any, ...]) -> int:
     return MOVING if any(name == "KSpaceMotion" for name, _ in steps) else 0
 
 
-def _cut_out(array: NDArray, part: Region, region: Region) -> NDArray:
+def _cut_out(array: NDArray, part: Box, region: Box) -> NDArray:
     """Return a region of the grid from an array of a part of it; 0 where that part, and so the grid, ends."""
-    inner = [slice(max(r.start, p.start), min(r.stop, p.stop)) for r, p in zip(region, part, strict=True)]
+    inner = overlap(region, part)
+    assert inner, "a box shows some of the grid"
     beyond = [(i.start - r.start, r.stop - i.stop) for i, r in zip(inner, region, strict=True)]
-    own = tuple(slice(i.start - p.start, i.stop - p.start) for i, p in zip(inner, part, strict=True))
-    return np.pad(array[own], beyond)
+    return np.pad(array[within(inner, part)], beyond)

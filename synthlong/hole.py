@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from synthlong.boxes import box_of
 from synthlong.compiling import compiled
 
-__all__ = ["FLUID", "REACH", "corrupt", "faded", "first_guess", "grown_box", "hole_in", "noise", "soft_hole"]
+__all__ = ["FLUID", "REACH", "corrupt", "faded", "first_guess", "hole_in", "noise", "soft_hole"]
 
 REACH = 3
 """Voxels by which a hole can reach beyond its mask: outside that distance nothing is ever changed."""
@@ -57,15 +58,6 @@ def faded(mask: NDArray[np.bool_], *, full: float, zero: float) -> NDArray[np.fl
     return weight
 
 
-def grown_box(mask: NDArray[np.bool_], margin: int) -> tuple[slice, ...]:
-    """Return the bounding box of a non-empty mask, `margin` voxels larger, within the array."""
-    box = []
-    for axis, n in enumerate(mask.shape):
-        (hit,) = np.nonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
-        box.append(slice(max(int(hit[0]) - margin, 0), min(int(hit[-1]) + margin + 1, n)))
-    return tuple(box)
-
-
 def noise(shape: tuple[int, ...], seed: int, *, mean: float, sd: float) -> NDArray[np.float32]:
     """Return Gaussian noise that depends on nothing but its arguments."""
     white = np.random.default_rng(np.random.SeedSequence(seed)).standard_normal(shape, np.float32)
@@ -86,7 +78,7 @@ def first_guess(
     filled = np.ascontiguousarray(x, np.float32).copy()
     if not (weight > 0).any():
         return filled
-    box = grown_box(weight > 0, 2)
+    box = box_of(weight > 0, 2)
     part, inside = np.ascontiguousarray(filled[box]), np.ascontiguousarray(weight[box] > 0)
     usable = part >= FLUID if tissue is None else tissue[box]
     rim = ndimage.binary_dilation(inside, iterations=2) & ~inside & usable

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from synthlong.bank import LesionBank
+from synthlong.boxes import Box, box_at, crop, on_grid
 from synthlong.case import Case
 from synthlong.errors import InputError
 from synthlong.healthy import stored_healthy
@@ -26,7 +27,7 @@ from synthlong.sampling import MOST_DRAWS, Sample, draw_variation, vary
 from synthlong.texture import roughen, texture_of
 from synthlong.weights import TrainedNetwork
 
-__all__ = ["HealthySampler", "Inpainter", "crop", "heal"]
+__all__ = ["HealthySampler", "Inpainter", "heal"]
 
 NETWORK = UNetConfig(in_channels=3, out_channels=1)
 _WINDOW, _STRIDE = 48, 32
@@ -81,7 +82,7 @@ def heal(case: Case, inpainter: Inpainter) -> Case:
     return replace(case, healthy=inpainter.fill(case.flair, case.lesions) if stored is None else stored)
 
 
-def _windows(hole: NDArray[np.bool_]) -> list[tuple[slice, ...]]:
+def _windows(hole: NDArray[np.bool_]) -> list[Box]:
     """Cover the hole's voxels by windows on a fixed lattice, each as large as the grid allows."""
     lattice = [
         sorted({min(start, max(n - _WINDOW, 0)) for start in range(0, max(n - _STRIDE // 2, 1), _STRIDE)})
@@ -91,7 +92,7 @@ def _windows(hole: NDArray[np.bool_]) -> list[tuple[slice, ...]]:
     for i in lattice[0]:
         for j in lattice[1]:
             for k in lattice[2]:
-                window = tuple(slice(a, min(a + _WINDOW, n)) for a, n in zip((i, j, k), hole.shape, strict=True))
+                window = on_grid(box_at((i, j, k), (_WINDOW,) * 3), hole.shape)
                 if hole[window].any():
                     windows.append(window)
     return windows
@@ -166,16 +167,6 @@ class HealthySampler:
             start = side // 2 + rng.integers(-spread, spread + 1, 3) - np.array(voxels.shape) // 2
             put(mask, voxels, start)
         return mask
-
-
-def crop(x: NDArray, centre: tuple[int, ...], side: int) -> tuple[NDArray, tuple[int, ...]]:
-    """Return the cube of `side` voxels around a voxel, zero beyond the grid, and its first voxel."""
-    start = tuple(int(c) - side // 2 for c in centre)
-    result = np.zeros((side,) * 3, x.dtype)
-    inner = tuple(slice(max(a, 0), min(a + side, n)) for a, n in zip(start, x.shape, strict=True))
-    at = tuple(slice(s.start - a, s.stop - a) for s, a in zip(inner, start, strict=True))
-    result[at] = x[inner]
-    return result, start
 
 
 def put(mask: NDArray[np.bool_], voxels: NDArray[np.bool_], start: NDArray) -> None:

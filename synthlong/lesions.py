@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from synthlong.hole import grown_box
+from synthlong.boxes import Box, box_of
 
 __all__ = [
     "SMALLEST_EVENT_MM3",
@@ -47,7 +47,7 @@ class LesionMap:
 
     labels: NDArray[np.int32]
     volumes_mm3: NDArray[np.float64]
-    boxes: tuple[tuple[slice, ...], ...]
+    boxes: tuple[Box, ...]
     mutable: NDArray[np.bool_]
 
     def __len__(self) -> int:
@@ -149,6 +149,6 @@ def grown(mask: NDArray, margin: int) -> NDArray[np.bool_]:
     mask = np.asarray(mask) != 0
     result = np.zeros_like(mask)
     if mask.any():
-        box = grown_box(mask, margin + 1)
+        box = box_of(mask, margin + 1)
         result[box] = ndimage.distance_transform_edt(~mask[box]) <= margin
     return result

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from synthlong.boxes import crop
 from synthlong.case import Case
 from synthlong.errors import InputError
 from synthlong.hole import FLUID, corrupt, first_guess, hole_in
-from synthlong.inpainting import crop
 from synthlong.lesions import find_lesions
 from synthlong.networks import UNetConfig
 from synthlong.orientation import draw_orientation

@@ -18,15 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synthlong.bank import LesionBank, read_bank
+from synthlong.boxes import Box, box_at, crop, on_grid, overlap, widened, within
 from synthlong.case import Case
 from synthlong.comparison import CopyPainter, EllipsoidPainter, donor_of, shapes_for
 from synthlong.derived import lesions_of
 from synthlong.errors import InputError
 from synthlong.event import LesionEvent
 from synthlong.flow import flow_field, flow_weight
-from synthlong.frame import Frame, acquired, on_grid, widened
+from synthlong.frame import Frame, acquired
 from synthlong.hole import REACH, faded, soft_hole
-from synthlong.inpainting import crop
 from synthlong.lesions import LesionMap, core
 from synthlong.networks import default_precision
 from synthlong.painting import LesionPainter
@@ -154,14 +154,16 @@ class _Scan(NamedTuple):
 class _Scene:
     """The part of both visits that lies in a region of the case's grid."""
 
-    def __init__(self, case: Case, scans: list[_Scan], region: tuple[slice, ...]) -> None:
+    def __init__(self, case: Case, scans: list[_Scan], region: Box) -> None:
         self.case, self.scans, self.region = case, scans, region
         shape = tuple(r.stop - r.start for r in region)
         self.visits = [np.array(scan.flair[region], np.float32) for scan in scans]
         self.lesions = [np.zeros(shape, bool) for _ in range(2)]
         self.evolution = np.zeros(shape, np.uint8)
 
-    def _record(self, before: NDArray[np.bool_], after: NDArray[np.bool_], event: LesionEvent, at: _At) -> None:
+    def _record(
+        self, before: NDArray[np.bool_], after: NDArray[np.bool_], event: LesionEvent, at: tuple[Box, Box]
+    ) -> None:
         """Write one lesion's voxels (arrays of one box, `at` = where it meets the region) into the masks."""
         mine, theirs = at
         before, after = before[theirs], after[theirs]
@@ -195,13 +197,13 @@ class _Scene:
             meet = _meet(box, self.region)
             if meet:
                 self._record(extents[0], extents[1], event, meet)
-        within = tuple(slice(r.start - w.start, r.stop - w.start) for r, w in zip(self.region, wide, strict=True))
-        hole = soft_hole(labels > 0)[within]
+        shown = within(self.region, wide)
+        hole = soft_hole(labels > 0)[shown]
         for image, scan, kept in zip(self.visits, self.scans, present, strict=True):
             removed = (labels > 0) & ~kept
             if removed.any():  # a neighbour that is removed does not eat into a lesion that stays
                 weight = soft_hole(removed) * (1 - faded(kept, full=0, zero=_PROTECTED))
-                image[...] = _mix(image, scan.healthy[self.region], weight[within] / np.maximum(hole, 1e-6))
+                image[...] = _mix(image, scan.healthy[self.region], weight[shown] / np.maximum(hole, 1e-6))
 
     def add_synthetic(
         self,
@@ -216,11 +218,10 @@ class _Scene:
         assert event.seed is not None
         assert event.profile is not None
         widest = int(bank.extents[event.site.shape].max()) + REACH
-        if not _meet(tuple(slice(c - widest, c + widest) for c in event.site.centre), self.region):
+        if not overlap(widened(box_at(event.site.centre, (0, 0, 0)), widest), self.region):
             return
         mask, box = site_mask(event.site, bank, allowed)
-        reach = tuple(slice(b.start - REACH, b.stop + REACH) for b in box)
-        if not _meet(reach, self.region):
+        if not overlap(widened(box, REACH), self.region):
             return
         extents = [core(mask, share) for share in (event.at_baseline, event.at_followup)]
         at = _meet(box, self.region)
@@ -229,11 +230,11 @@ class _Scene:
         side = next((c for c in _CONTEXTS if max(mask.shape) + 2 * _CONTEXT_MARGIN <= c), max(mask.shape) + 16)
         centre = tuple((b.start + b.stop) // 2 for b in box)
         matter, start = crop(self.case.tissue, centre, side)
-        meet = _meet(tuple(slice(s, s + side) for s in start), self.region)
-        inside = tuple(slice(b.start - s, b.stop - s) for b, s in zip(box, start, strict=True))
+        context_box = box_at(start, matter.shape)
+        meet = _meet(context_box, self.region)
         wholes = [np.zeros(matter.shape, bool) for _ in extents]
         for whole, extent in zip(wholes, extents, strict=True):
-            whole[inside] = extent
+            whole[within(box, context_box)] = extent
         if not meet or not (wholes[0] | wholes[1]).any():
             return
         mine, theirs = meet
@@ -267,17 +268,10 @@ class _Scene:
                 visit += brighter * beside * flow_field(self.case.shape, self.region, seed=seed)
 
 
-_At = tuple[tuple[slice, ...], tuple[slice, ...]]
-
-
-def _meet(box: tuple[slice, ...], region: tuple[slice, ...]) -> _At | None:
-    """Return the overlap of two boxes as slices into the region and into the box, or None."""
-    both = [slice(max(b.start, r.start), min(b.stop, r.stop)) for b, r in zip(box, region, strict=True)]
-    if any(s.start >= s.stop for s in both):
-        return None
-    mine = tuple(slice(s.start - r.start, s.stop - r.start) for s, r in zip(both, region, strict=True))
-    theirs = tuple(slice(s.start - b.start, s.stop - b.start) for s, b in zip(both, box, strict=True))
-    return mine, theirs
+def _meet(box: Box, region: Box) -> tuple[Box, Box] | None:
+    """Return what two boxes share as it lies in the region and in the box, None if that is nothing."""
+    both = overlap(box, region)
+    return (within(both, region), within(both, box)) if both else None
 
 
 def _mix(a: NDArray, b: NDArray, share: NDArray) -> NDArray[np.float32]:

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from synthlong.bank import LesionBank, Shape
+from synthlong.boxes import Box, box_at, box_of, on_grid, within
 from synthlong.case import Case
 from synthlong.errors import InputError
-from synthlong.hole import FLUID, grown_box, soft_hole
+from synthlong.hole import FLUID, soft_hole
 from synthlong.lesions import SMALLEST_EVENT_MM3, grown
 from synthlong.tissue import GRAY, WHITE
 
@@ -88,7 +89,7 @@ def surroundings_weight(case: Case) -> NDArray[np.float32]:
         case: The case.
     """
     weight = np.zeros(case.shape, np.float32)
-    box = grown_box(case.brain > 0, 0)
+    box = box_of(case.brain > 0, 0)
     brain, flair = case.brain[box] > 0, case.flair[box]
     counts = (brain & (flair >= FLUID) & (soft_hole(case.lesions[box]) == 0)).astype(np.float32)
 
@@ -145,7 +146,7 @@ def draw_site(
     affine: NDArray[np.float64],
     *,
     volume_mm3: float,
-) -> tuple[Site, NDArray[np.bool_], tuple[slice, ...]] | None:
+) -> tuple[Site, NDArray[np.bool_], Box] | None:
     """Draw a centre, then a shape for it; None if the centre's surroundings are taken already.
 
     Args:
@@ -171,7 +172,7 @@ def draw_site(
     score = -0.5 * ((bank.log_volumes - np.log(volume_mm3)) / _LOG_VOLUME_SD) ** 2
     score -= 0.5 * (apart**2).sum(axis=1) / _DISTANCE_SD_MM**2
     cumulative = np.cumsum(np.exp(score - score.max()))
-    best: tuple[float, Site, NDArray[np.bool_], tuple[slice, ...]] | None = None
+    best: tuple[float, Site, NDArray[np.bool_], Box] | None = None
     for _ in range(_SHAPES_TRIED):
         index = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
         index = min(index, len(bank) - 1)
@@ -186,7 +187,7 @@ def draw_site(
     return best[1:] if best else None
 
 
-def site_mask(site: Site, bank: LesionBank, allowed: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], tuple[slice, ...]]:
+def site_mask(site: Site, bank: LesionBank, allowed: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], Box]:
     """Return the voxels of a placed shape that lie in allowed tissue and hang together with its centre.
 
     By their faces: by corners they would reach across fissures.
@@ -195,9 +196,9 @@ def site_mask(site: Site, bank: LesionBank, allowed: NDArray[np.bool_]) -> tuple
         bool array within a box of the case's grid, and that box.
     """
     voxels, start = shape_at(site, bank)
-    box = tuple(slice(max(s, 0), min(s + n, m)) for s, n, m in zip(start, voxels.shape, allowed.shape, strict=True))
-    inner = tuple(slice(b.start - s, b.stop - s) for b, s in zip(box, start, strict=True))
-    parts, _ = ndimage.label(voxels[inner] & allowed[box])
+    placed = box_at(start, voxels.shape)
+    box = on_grid(placed, allowed.shape)
+    parts, _ = ndimage.label(voxels[within(box, placed)] & allowed[box])
     own = parts[tuple(c - b.start for c, b in zip(site.centre, box, strict=True))]
     return (parts == own) & (own > 0), box
 

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from synthlong.hole import REACH, first_guess, grown_box, hole_in
+from synthlong.boxes import box_of, on_grid, widened
+from synthlong.hole import REACH, first_guess, hole_in
 from synthlong.lesions import SMALLEST_EVENT_MM3, LesionMap, grown
 
 __all__ = [
@@ -89,7 +90,7 @@ def soft_depth(mask: NDArray) -> NDArray[np.float32]:
         mask: Lesion voxels, neither none nor all.
     """
     mask = np.asarray(mask) != 0
-    box = grown_box(mask, REACH + 4)
+    box = box_of(mask, REACH + 4)
     hard = np.maximum(depth_in(mask[box]), -REACH - 1)
     soft = ndimage.gaussian_filter(hard, _OUTLINE, mode="nearest")
     near = hard > _RIM
@@ -142,7 +143,7 @@ def profiles_in(flair: NDArray, lesions: LesionMap) -> NDArray[np.float32]:
     excess = flair - first_guess(flair, np.maximum(weight, beyond), sweeps=200)
     rows = []
     for number, box in enumerate(lesions.boxes, start=1):
-        wide = tuple(slice(max(b.start - 5, 0), b.stop + 5) for b in box)
+        wide = on_grid(widened(box, 5), flair.shape)
         labels = lesions.labels[wide]
         counts = (weight[wide] > 0) & ((labels == number) | (labels == 0))
         profile = profile_of(excess[wide], soft_depth(labels == number), counts)
@@ -154,7 +155,7 @@ def typical(lesions: LesionMap) -> NDArray[np.bool_]:
     """Return which lesions are like those that are painted: over 3 mm3, no other lesion within 3 voxels."""
     alone = []
     for number, box in enumerate(lesions.boxes, start=1):
-        wide = tuple(slice(max(b.start - 4, 0), b.stop + 4) for b in box)
+        wide = on_grid(widened(box, 4), lesions.labels.shape)
         labels = lesions.labels[wide]
         others = (labels > 0) & (labels != number)
         alone.append(not (others & grown(labels == number, 3)).any())

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from scipy import ndimage, sparse
 from scipy.sparse.linalg import spsolve
 
-from synthlong.hole import FLUID, REACH, corrupt, faded, first_guess, grown_box, hole_in, noise, soft_hole
+from synthlong.hole import FLUID, REACH, corrupt, faded, first_guess, hole_in, noise, soft_hole
 
 
 def blob(seed, side=14, voxels=6):
@@ -54,13 +54,6 @@ def test_soft_hole_is_1_on_face_neighbours_and_0_at_reach():
 def test_faded_can_be_narrower():
     mask = blob(3)
     assert np.array_equal(faded(mask, full=0, zero=1.5), slow_hole(mask, 0, 1.5))
-
-
-def test_grown_box_stays_within_the_array():
-    mask = np.zeros((6, 7, 8), bool)
-    mask[0, 3, 6:8] = True
-    assert grown_box(mask, 2) == (slice(0, 3), slice(1, 6), slice(4, 8))
-    assert grown_box(mask, 0) == (slice(0, 1), slice(3, 4), slice(6, 8))
 
 
 def test_noise_depends_on_its_arguments_alone():

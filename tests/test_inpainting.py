@@ -10,7 +10,7 @@ from synthlong import inpainting
 from synthlong.bank import LesionBank, Shape
 from synthlong.errors import InputError
 from synthlong.hole import first_guess, hole_in, soft_hole
-from synthlong.inpainting import HealthySampler, Inpainter, _fade, _windows, crop, heal, put
+from synthlong.inpainting import HealthySampler, Inpainter, _fade, _windows, heal, put
 from synthlong.networks import UNet, UNetConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -110,18 +110,6 @@ def test_heal_adds_the_healthy_volume(small_case):
     assert healed.id == sick.id
     assert healed.flair is sick.flair
     assert np.array_equal(healed.healthy, inpainter().fill(sick.flair, sick.lesions))
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.tuples(*[st.integers(-20, 30)] * 3), st.integers(1, 24))
-def test_crop_is_a_slice_of_the_padded_grid(centre, side):
-    x = np.arange(10 * 12 * 9, dtype=np.float32).reshape(10, 12, 9) + 1
-    if any(c - side // 2 >= n or c - side // 2 + side <= 0 for c, n in zip(centre, x.shape, strict=True)):
-        return
-    cube, start = crop(x, centre, side)
-    wide = np.pad(x, 60)
-    assert start == tuple(c - side // 2 for c in centre)
-    assert np.array_equal(cube, wide[tuple(slice(s + 60, s + 60 + side) for s in start)])
 
 
 def test_put_leaves_out_what_lies_beyond():

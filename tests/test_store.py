@@ -37,7 +37,7 @@ def test_a_stored_case_gives_the_same_pairs_without_working_anything_out(small_c
     def forbidden(*_, **__):
         raise AssertionError("worked out again")
 
-    for module, name in ((derived, "find_lesions"), (derived, "find_placements"), (derived, "grown_box")):
+    for module, name in ((derived, "find_lesions"), (derived, "find_placements"), (derived, "box_of")):
         monkeypatch.setattr(module, name, forbidden)
     case = open_case(stored, CONFIG)
     for k, (drawn, made) in enumerate(wanted):

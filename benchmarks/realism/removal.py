@@ -8,7 +8,8 @@ from scipy import ndimage
 from skimage.metrics import structural_similarity
 from skimage.restoration import inpaint_biharmonic
 
-from synthlong.hole import FLUID, grown_box, hole_in
+from synthlong.boxes import box_of
+from synthlong.hole import FLUID, hole_in
 from synthlong.tissue import WHITE
 
 from .material import Fold, Patch, holes_of
@@ -68,7 +69,7 @@ def _mixed(x: NDArray, fill: NDArray, hole: NDArray) -> NDArray:
 
 
 def _biharmonic(x: NDArray, hole: NDArray) -> NDArray:
-    box = grown_box(hole > 0, 4)
+    box = box_of(hole > 0, 4)
     part = inpaint_biharmonic(x[box].astype(np.float64), hole[box] > 0)
     fill = x.copy()
     fill[box] = np.maximum(part, 0)

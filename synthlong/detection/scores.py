@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
+from synthlong.boxes import box_of
 from synthlong.detection.distance import distance_mm
-from synthlong.hole import grown_box
 
 __all__ = ["KEYS", "LesionScores", "lesion_scores"]
 
@@ -100,7 +100,7 @@ def lesion_scores(truth: ArrayLike, prediction: ArrayLike, spacing_mm: Sequence[
     either = truth | prediction
     voxels = either.size
     if either.any():
-        box = grown_box(either, 1)
+        box = box_of(either, 1)
         truth, prediction = truth[box], prediction[box]
     predicted, predicted_sizes = _number_lesions(prediction, fewest)
     if not truth.any():

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import ndimage
 
+from synthlong.boxes import Box, box_of
 from synthlong.errors import ConfigError
 from synthlong.networks import one_thread
 from synthlong.resampling import Grid, resample
@@ -157,7 +157,7 @@ def denoise(scan: NDArray, brain: NDArray[np.bool_], grid: Grid) -> NDArray[np.f
     Similar patches are sought within 3 of the finest voxels' sides, in mm along every axis, at least one voxel.
     """
     ants = load_ants()
-    box = _box(brain)
+    box = box_of(brain, _MARGIN)
     reach = np.maximum(np.rint(3 * grid.spacing_mm.min() / grid.spacing_mm), 1).astype(int)
     image, mask = (_plain_image(ants, a[box], grid) for a in (scan, brain))
     with unheard("denoising"):
@@ -168,7 +168,7 @@ def denoise(scan: NDArray, brain: NDArray[np.bool_], grid: Grid) -> NDArray[np.f
 def correct_bias(scan: NDArray, brain: NDArray[np.bool_], grid: Grid) -> NDArray[np.float32]:
     """Return the scan without the bias field (N4) that its brain shows; 0 beyond the box around the brain."""
     ants = load_ants()
-    box = _box(brain)
+    box = box_of(brain, _MARGIN)
     image, mask = (_plain_image(ants, a[box], grid) for a in (scan, brain))
     with unheard("bias correction"):
         clean = ants.n4_bias_field_correction(image, mask=mask)
@@ -190,12 +190,7 @@ def _plain_image(ants: ModuleType, data: NDArray, grid: Grid) -> Any:
     return ants.from_numpy(np.ascontiguousarray(data, np.float32), spacing=grid.spacing_mm.tolist())
 
 
-def _box(brain: NDArray[np.bool_]) -> tuple[slice, ...]:
-    found = ndimage.find_objects(brain.astype(np.uint8))[0]
-    return tuple(slice(max(s.start - _MARGIN, 0), s.stop + _MARGIN) for s in found)
-
-
-def _put(part: NDArray, shape: tuple[int, ...], box: tuple[slice, ...]) -> NDArray[np.float32]:
+def _put(part: NDArray, shape: tuple[int, ...], box: Box) -> NDArray[np.float32]:
     whole = np.zeros(shape, np.float32)
     whole[box] = np.maximum(part, 0)
     return whole

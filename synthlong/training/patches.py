@@ -23,13 +23,12 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from synthlong.boxes import Box, box_at, box_of, crop
 from synthlong.case import Case
 from synthlong.dataset.shards import ShardDataset, subjects_of
 from synthlong.detection.networks import ConcatUNet, LongitudinalUNet, SegmentationUNet
 from synthlong.detection.visits import in_common_brain, read_pair
 from synthlong.errors import ConfigError, InputError, InputWarning, short
-from synthlong.hole import grown_box
-from synthlong.inpainting import crop
 from synthlong.manifest import CaseFiles, check_ids, find_cases, manifest_rows
 from synthlong.nifti import read_nifti
 from synthlong.recipe import Recipe
@@ -163,7 +162,7 @@ class ShardPatches:
             sample = self._samples[row]
             new = sample["new_lesions"][0].numpy()
             voxels = np.flatnonzero(new) if n < positive else None
-            patch = _draw_place(rng, self._side, tuple(slice(0, s) for s in new.shape), new.shape, voxels)
+            patch = _draw_place(rng, self._side, box_at((0, 0, 0), new.shape), new.shape, voxels)
             for visit, name, (mean, sd) in zip(drawn[:2], ("baseline", "followup"), self._scaling[row], strict=True):
                 visit[n, 0] = (sample[name][0].numpy()[patch] - np.float32(mean)) / np.float32(max(sd, 1e-6))
             drawn[2][n, 0] = new[patch]
@@ -237,14 +236,14 @@ class _Scans:
     visits: tuple[NDArray[np.float32], ...]
     mask: NDArray[np.uint8]
     voxels: NDArray[np.int64]
-    bounds: tuple[slice, ...]
+    bounds: Box
 
     @classmethod
     def of(cls, name: str, seen: Callable[[NDArray[np.float32]], NDArray[np.float32]], *cases: Case) -> Self:
         """Take what is needed from each visit."""
         mask = cases[-1].lesions
         visits = tuple(seen(case.flair) for case in cases)
-        return cls(name, visits, mask, np.flatnonzero(mask), grown_box(cases[-1].brain > 0, 0))
+        return cls(name, visits, mask, np.flatnonzero(mask), box_of(cases[-1].brain > 0, 0))
 
 
 def _visits(source: Path, prefer: str | None) -> dict[str, list[Callable[[], _Scans]]]:
@@ -305,10 +304,10 @@ def _room(count: int, side: int, *, visits: int) -> Drawn:
 def _draw_place(
     rng: np.random.Generator,
     side: int,
-    bounds: tuple[slice, ...],
+    bounds: Box,
     shape: tuple[int, ...],
     voxels: NDArray[np.int64] | None,
-) -> tuple[slice, ...]:
+) -> Box:
     """Draw where a patch lies in an array: with one of these voxels, or anywhere within bounds as far as they reach."""
     if voxels is None:
         low = np.array([b.start for b in bounds])
@@ -317,4 +316,4 @@ def _draw_place(
         voxel = np.array(np.unravel_index(voxels[rng.integers(len(voxels))], shape))
         start = voxel - rng.integers(0, side, 3)
     start = np.clip(start, 0, np.array(shape) - side)
-    return tuple(slice(int(s), int(s) + side) for s in start)
+    return box_at(start.tolist(), (side,) * 3)
