@@ -1,6 +1,9 @@
 import itertools
 import json
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -336,6 +339,17 @@ def test_no_other_pair_is_written_over(run, tmp_path):
     (tmp_path / "participants.tsv").write_text("participant_id\tage\nsub-01\t40\n")
     with pytest.raises(OutputError, match=r"participants.tsv: is of another data set"):
         export_pairs(run, tmp_path, numbers=[3])
+
+
+def test_the_validator_of_bids_finds_no_error(run, tmp_path):
+    (tmp_path / "README").write_text("of one's own")
+    export_pairs(run, tmp_path, numbers=[0, 3])
+    assert (tmp_path / "README").read_text() == "of one's own"
+    for folder in (tmp_path, tmp_path / "derivatives" / "synthlong"):
+        command = [Path(sys.executable).with_name("bids-validator-deno"), "--json", folder]
+        found = json.loads(subprocess.run(command, capture_output=True, check=False).stdout)["issues"]["issues"]
+        assert found
+        assert [issue for issue in found if issue["severity"] == "error"] == []
 
 
 def test_pairs_that_several_exports_wrote_are_listed_by_patient(run, tmp_path):

@@ -1,11 +1,12 @@
 """Pairs as NIfTI files in BIDS layout, for viewers and for other tools.
 
 DIR/sub-synNNNN/ses-{1,2}/anat/sub-synNNNN_ses-{1,2}_FLAIR.{nii.gz,json}
-DIR/participants.tsv                           whose scan each pair was made from
+DIR/{README,participants.{tsv,json}}           whose scan each pair was made from
 DIR/derivatives/synthlong/sub-synNNNN/sub-synNNNN_recipe.json
 DIR/derivatives/synthlong/sub-synNNNN/ses-{1,2}/anat/sub-synNNNN_ses-{1,2}_space-MNI152_desc-*_{mask,dseg}.nii.gz
                                            .../ses-2/anat/..._desc-evolution_dseg.json    which run made the pair
 DIR/derivatives/synthlong/desc-evolution_dseg.tsv                                         what its labels mean
+DIR/derivatives/synthlong/space-MNI152_{mask,dseg}.json                                   which space that is
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +40,17 @@ _MASKS = {
 }
 _LABELS = {STABLE: "stable", NEW: "new", VANISHED: "vanished", ENLARGED: "enlarged part", SHRUNK: "shrunk part"}
 _COLUMNS = "participant_id\tsource_subject\tsource_case\n"
+_README = """Pairs of visits with exactly known changes, made by synthlong from real scans.
+
+`sub-synNNNN` is pair NNNN of a run: `ses-1` the baseline, `ses-2` the follow-up. Masks, labels and each pair's recipe
+are in `derivatives/synthlong`. Several pairs are of one patient: make folds by `source_subject` in `participants.tsv`.
+"""
+_PARTICIPANTS = {
+    "participant_id": {"Description": "pair of the run"},
+    "source_subject": {"Description": "patient whose scan the pair was made from"},
+    "source_case": {"Description": "that scan: the patient, and the visit where there are several"},
+}
+_SPACE = {"SpatialReference": "https://nist.mni.mcgill.ca/icbm-152-nonlinear-atlases-2009/"}
 
 
 def export_pairs(
@@ -152,9 +165,19 @@ def _describe(out: Path) -> None:
     for folder, name, kind in ((out, "synthlong pairs", "raw"), (_truth(out), "synthlong truth", "derivative")):
         path = folder / "dataset_description.json"
         if not path.exists():
-            publish(path, (json.dumps(description() | {"Name": name, "DatasetType": kind}, indent=1) + "\n").encode())
+            publish(path, _json(description() | {"Name": name, "DatasetType": kind}))
     rows = "".join(f"{code}\t{name}\n" for code, name in _LABELS.items())
     publish(_truth(out) / "desc-evolution_dseg.tsv", f"index\tname\n{rows}".encode())
+    for suffix, of_all in (("mask", {"Type": "Lesion"}), ("dseg", {})):
+        publish(_truth(out) / f"space-MNI152_{suffix}.json", _json(_SPACE | of_all))
+    publish(_truth(out) / ".bidsignore", b"*_recipe.json\n")
+    publish(out / "participants.json", _json(_PARTICIPANTS))
+    if not (out / "README").exists():
+        publish(out / "README", _README.encode())
+
+
+def _json(plain: dict[str, Any]) -> bytes:
+    return (json.dumps(plain, indent=1) + "\n").encode()
 
 
 def _list_participants(out: Path) -> None:
