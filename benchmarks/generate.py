@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from synthlong.dataset.cases import synthesis_of
+from synthlong.dataset.assets import synthesis_of
 from synthlong.dataset.plan import bundled_cases
 from synthlong.dataset.run import generate
 from synthlong.errors import InputWarning

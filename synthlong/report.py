@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from synthlong.atlas import lesion_prior
+from synthlong.dataset.assets import asset_hashes
 from synthlong.dataset.index import Index
-from synthlong.dataset.plan import asset_hashes, read_plan
+from synthlong.dataset.plan import read_plan
 from synthlong.dataset.reader import SCHEMA
 from synthlong.dataset.shards import ShardDataset
 from synthlong.errors import ConfigError

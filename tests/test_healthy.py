@@ -9,8 +9,8 @@ import torch
 from running import bytes_of
 
 import synthlong
-from synthlong.dataset.cases import Preparation, prepare_case
-from synthlong.dataset.plan import asset_hashes
+from synthlong.dataset.assets import asset_hashes
+from synthlong.dataset.cases import CaseTask, prepare_case
 from synthlong.dataset.run import generate
 from synthlong.dataset.store import open_case
 from synthlong.errors import InputWarning
@@ -217,6 +217,6 @@ def test_a_run_takes_the_stored_volume(folder):
     record_of(folder).write_text(json.dumps(record))
     config = OPTIONS["config"]
     (files,) = find_cases(folder)
-    task = prepare_case(Preparation(files, folder / "work", config, asset_hashes(config)))
+    task = prepare_case(CaseTask(files, folder / "work", config, asset_hashes(config)))
     assert task.failure is None
     assert np.array_equal(open_case(folder / "work", config).healthy, np.asarray(nib.load(path).dataobj))

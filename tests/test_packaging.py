@@ -47,8 +47,9 @@ def test_assets_open_from_an_installed_wheel(wheel, tmp_path):
 import sys; sys.path.insert(0, sys.argv[1])
 import synthlong, synthlong.detection, synthlong.preparation; assert synthlong.__file__.startswith(sys.argv[1])
 from synthlong.atlas import lesion_prior, tissue_maps
-from synthlong.dataset.plan import asset_hashes, bundled_cases
-from synthlong.dataset.cases import synthesis_of
+from synthlong.dataset.assets import asset_hashes
+from synthlong.dataset.plan import bundled_cases
+from synthlong.dataset.assets import synthesis_of
 from synthlong.manifest import find_cases
 from synthlong.synthesis import SynthesisConfig
 lesion_prior(), tissue_maps(), asset_hashes(SynthesisConfig()), synthesis_of(SynthesisConfig(precision="float32"))

@@ -9,34 +9,27 @@ import hashlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from synthlong.bank import LesionBank, read_bank
-from synthlong.dataset.plan import asset_hashes
+from synthlong.dataset.assets import kept_synthesis
 from synthlong.dataset.store import stamp_of, store_case, stored_stamp
-from synthlong.errors import InputError, InputWarning, OutputError, SynthlongError
-from synthlong.inpainting import Inpainter, heal
+from synthlong.errors import InputWarning, OutputError, SynthlongError
+from synthlong.inpainting import heal
 from synthlong.manifest import CaseFiles, warn_of_twins
-from synthlong.painting import LesionPainter
-from synthlong.pair import Painter, painter_of
 from synthlong.pool import Lost, Pool, count
 from synthlong.synthesis import SynthesisConfig
 
 __all__ = [
-    "Preparation",
+    "CaseTask",
     "case_folder",
-    "check_assets",
-    "kept_synthesis",
     "prepare_case",
     "prepare_cases",
-    "synthesis_of",
 ]
 
 
 @dataclass(frozen=True)
-class Preparation:
+class CaseTask:
     """The task of preparing one case, and what came of it.
 
     Args:
@@ -66,8 +59,8 @@ class Preparation:
 
 
 def prepare_cases(
-    pool: Pool, tasks: Sequence[Preparation], report: Callable[[int], None] | None = None
-) -> tuple[list[Preparation], dict[str, str]]:
+    pool: Pool, tasks: Sequence[CaseTask], report: Callable[[int], None] | None = None
+) -> tuple[list[CaseTask], dict[str, str]]:
     """Prepare cases in parallel; return the usable ones and what is wrong with the others, by subject.
 
     Raises:
@@ -86,7 +79,7 @@ def prepare_cases(
     return [p for p in done if p.failure is None], {p.files.subject: p.failure for p in done if p.failure is not None}
 
 
-def prepare_case(task: Preparation) -> Preparation:
+def prepare_case(task: CaseTask) -> CaseTask:
     """Prepare one case, unless it is there or not needed; return the task with its result filled in."""
 
     def stamp(sources: dict[str, str]) -> dict[str, Any]:
@@ -114,28 +107,3 @@ def prepare_case(task: Preparation) -> Preparation:
 def case_folder(work: Path, subject: str) -> Path:
     """Return where a prepared case lies; a name that any file system takes."""
     return work / f"case-{hashlib.sha256(subject.encode()).hexdigest()[:16]}"
-
-
-def synthesis_of(config: SynthesisConfig) -> tuple[Inpainter, Painter, LesionBank]:
-    """Return the inpainter, the painter and the lesion bank that a config names."""
-    common: dict[str, Any] = {"precision": config.precision, "device": config.device}
-    network = config.painter == "network"
-    painter = LesionPainter.read(config.generator, **common) if network else painter_of(config.painter)
-    return Inpainter.read(config.inpainter, **common), painter, read_bank(config.lesion_bank)
-
-
-@lru_cache(maxsize=1)
-def kept_synthesis(config: SynthesisConfig) -> tuple[Inpainter, Painter, LesionBank]:
-    """Return `synthesis_of(config)`, read once per process."""
-    return synthesis_of(config)
-
-
-def check_assets(config: SynthesisConfig, assets: dict[str, str]) -> None:
-    """Raise unless prior, lesion bank and weights are those of a run.
-
-    Raises:
-        InputError: One of them differs.
-    """
-    for name, sha256 in asset_hashes(config).items():
-        if sha256 != assets[name]:
-            raise InputError(name, f"the run used another {name}", "name it by --config, as for `generate`")

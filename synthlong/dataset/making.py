@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from synthlong.case import Case
-from synthlong.dataset.cases import case_folder, check_assets, kept_synthesis
+from synthlong.dataset.assets import check_assets, kept_synthesis
+from synthlong.dataset.cases import case_folder
 from synthlong.dataset.index import index_part
 from synthlong.dataset.plan import read_plan, shard_config, shard_samples
 from synthlong.dataset.reader import IMAGES

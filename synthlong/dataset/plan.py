@@ -14,20 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import synthlong
-from synthlong.atlas import prior_path
-from synthlong.bank import LesionBank
 from synthlong.environment import environment
 from synthlong.errors import ConfigError, InputError, OutputError, short
-from synthlong.inpainting import Inpainter
 from synthlong.lock import LOCK
-from synthlong.painting import LesionPainter
 from synthlong.plain import canonical_json, differences
 from synthlong.publishing import is_leftover, publish
 from synthlong.synthesis import SynthesisConfig
 
 __all__ = [
     "adopt_plan",
-    "asset_hashes",
     "bundled_cases",
     "check_folder",
     "check_space",
@@ -127,28 +122,6 @@ def shard_samples(plan: dict[str, Any], number: int) -> list[tuple[int, str]]:
     cases, first = plan["cases"], number * plan["shard_size"]
     numbers = range(first, min(first + plan["shard_size"], plan["pairs"]))
     return [(k, cases[k % len(cases)]["patient"]) for k in numbers]
-
-
-def asset_hashes(config: SynthesisConfig) -> dict[str, str]:
-    """Return the SHA-256 of prior, lesion bank and weights that a config names.
-
-    Raises:
-        InputError: One of them cannot be read.
-    """
-    paths = {
-        "prior": config.prior or prior_path(),
-        "lesion_bank": config.lesion_bank or LesionBank.default_path(),
-        "inpainter": config.inpainter or Inpainter.default_path(),
-        "generator": config.generator or LesionPainter.default_path(),
-    }
-    sums = {}
-    for name, path in paths.items():
-        try:
-            sums[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        except OSError as error:
-            way = f"correct '{name}' in the config"
-            raise InputError(path, f"{name} cannot be read ({error.strerror})", way) from error
-    return sums
 
 
 def bundled_cases() -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import synthlong
-from synthlong.dataset.cases import check_assets, synthesis_of
+from synthlong.dataset.assets import check_assets, synthesis_of
 from synthlong.dataset.plan import read_plan, source_of
 from synthlong.dataset.reader import IMAGES, VOLUMES
 from synthlong.dataset.shards import ShardDataset

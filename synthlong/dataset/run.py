@@ -20,7 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from synthlong.dataset.cases import Preparation, case_folder, prepare_cases, synthesis_of
+from synthlong.dataset.assets import asset_hashes, synthesis_of
+from synthlong.dataset.cases import CaseTask, case_folder, prepare_cases
 from synthlong.dataset.index import (
     Index,
     found_files,
@@ -31,15 +32,7 @@ from synthlong.dataset.index import (
     write_index,
 )
 from synthlong.dataset.making import ShardTask, make_shard
-from synthlong.dataset.plan import (
-    adopt_plan,
-    asset_hashes,
-    check_folder,
-    check_space,
-    make_plan,
-    read_plan,
-    shard_samples,
-)
+from synthlong.dataset.plan import adopt_plan, check_folder, check_space, make_plan, read_plan, shard_samples
 from synthlong.dataset.reader import ShardReader
 from synthlong.dataset.shards import ShardDataset
 from synthlong.dataset.writer import shard_path
@@ -131,7 +124,7 @@ def generate(
     check_folder(out)
     if _complete(out):
         failures = _failures(out)
-        hashed = [Preparation(f, out, config, assets, sources=f.hashes()) for f in files if f.subject not in failures]
+        hashed = [CaseTask(f, out, config, assets, sources=f.hashes()) for f in files if f.subject not in failures]
         adopt_plan(out, make_plan(source, out, cases=[p.record for p in hashed], **options))
         _clear(out)
         return Outcome(pairs, shards, 0, 0.0, failures)
@@ -147,7 +140,7 @@ def generate(
         left = max(0, pairs - shard_size * len(found_files(out, ".json")))
         work = out / "work"
         tasks = [
-            Preparation(f, case_folder(work, f.subject), config, assets, needed=f.subject not in spared) for f in files
+            CaseTask(f, case_folder(work, f.subject), config, assets, needed=f.subject not in spared) for f in files
         ]
         unprepared = sum(task.needed and not task.folder.exists() for task in tasks)
         check_space(out, need_mb=left * per_pair + unprepared * _MB_PER_CASE)

@@ -21,8 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from synthlong.bank import LesionBank
 from synthlong.case import Case
-from synthlong.dataset.cases import check_assets, synthesis_of
-from synthlong.dataset.plan import asset_hashes
+from synthlong.dataset.assets import asset_hashes, check_assets, synthesis_of
 from synthlong.dataset.prepared import PreparedCases
 from synthlong.dataset.reader import IMAGES
 from synthlong.dataset.shards import checked_keys, seeded, tell_affine

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from synthlong.dataset.plan import asset_hashes
+from synthlong.dataset.assets import asset_hashes
 from synthlong.dataset.shards import subjects_of
 from synthlong.dataset.stream import PairStream
 from synthlong.frame import MOVING
