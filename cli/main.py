@@ -89,7 +89,17 @@ def main(arguments: list[str] | None = None) -> int:
         terminated = True
         raise _Terminated
 
+    interrupts = 0
+
+    def on_sigint(_signal: int, _frame: Any) -> None:
+        nonlocal interrupts
+        interrupts += 1
+        if interrupts != 2:  # the second one would only disturb what the first has begun
+            raise KeyboardInterrupt
+
     signal.signal(signal.SIGTERM, on_sigterm)
+    if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the caller has it ignored
+        signal.signal(signal.SIGINT, on_sigint)
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         words = each_with(arguments, "--weights", ".safetensors")
