@@ -273,8 +273,8 @@ def _legend() -> str:
     kinds = {**_KINDS, STABLE: "stable"}.items()
     return (
         "<h2>Pairs</h2><p>Slices through the largest change of each pair, new lesions first. Gray: 0 to "
-        f"{GRAY_TOP:g}, brain mode 1. Difference, follow-up minus baseline: &minus;{DIFFERENCE_TOP} {bar} "
-        f"+{DIFFERENCE_TOP}. Outlined at follow-up:</p>{_chips((COLOURS[c], kind) for c, kind in kinds)}"
+        f"{GRAY_TOP:g}, brain mode 1. Difference, follow-up minus baseline: <span>&minus;{DIFFERENCE_TOP} {bar} "
+        f"+{DIFFERENCE_TOP}</span>. Outlined at follow-up:</p>{_chips((COLOURS[c], kind) for c, kind in kinds)}"
     )
 
 
@@ -375,7 +375,7 @@ td{text-align:right}th{text-align:left;font-weight:400}
 article{border-top:1px solid var(--line);padding:1.25rem 0}summary{cursor:pointer;margin-top:.5rem}
 .chips{display:flex;flex-wrap:wrap;gap:0 1.1rem;margin:.25rem 0 .75rem;padding:0;list-style:none}
 .chips i{display:inline-block;width:.7em;height:.7em;border-radius:50%;margin-right:.4em}
-.bar{display:inline-block;width:7rem;height:.7em;border-radius:3px}
+p span{white-space:nowrap}.bar{display:inline-block;width:7rem;height:.7em;border-radius:3px}
 .panels{display:grid;grid-template-columns:repeat(4,minmax(0,max-content));gap:12px}
 img{display:block;max-width:100%;height:auto;image-rendering:pixelated;border-radius:3px}
 figcaption{display:flex}figcaption .chips{margin:0 1.1rem}
