@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import signal
 import sys
+import time
 import traceback
 import warnings
 from typing import Any
@@ -31,6 +33,8 @@ from . import (
 from .options import each_with
 
 __all__ = ["app", "main"]
+
+_AT_ONCE_S = 1.0
 
 app = typer.Typer(
     name="synthlong",
@@ -89,12 +93,12 @@ def main(arguments: list[str] | None = None) -> int:
         terminated = True
         raise _Terminated
 
-    interrupts = 0
+    interrupted = -math.inf
 
     def on_sigint(_signal: int, _frame: Any) -> None:
-        nonlocal interrupts
-        interrupts += 1
-        if interrupts != 2:  # the second one would only disturb what the first has begun
+        nonlocal interrupted
+        before, interrupted = interrupted, time.monotonic()
+        if interrupted - before > _AT_ONCE_S:  # a second one would only disturb what the first has begun
             raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, on_sigterm)

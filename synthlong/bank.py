@@ -112,14 +112,19 @@ class LesionBank:
         return Path(__file__).parent / "assets" / "lesion_bank.npz"
 
 
-@lru_cache(maxsize=4)
 def read_bank(path: str | Path | None = None) -> LesionBank:
-    """Read a lesion bank (default: the shipped one).
+    """Read a lesion bank (default: the shipped one), once as long as its file is the same.
 
     Raises:
         InputError: Not a lesion bank.
     """
-    path = path or LesionBank.default_path()
+    path = Path(path or LesionBank.default_path())
+    stat = path.stat() if path.exists() else None
+    return _read_bank(path, (stat.st_mtime_ns, stat.st_size) if stat else None)
+
+
+@lru_cache(maxsize=4)
+def _read_bank(path: Path, _version: tuple[int, int] | None) -> LesionBank:
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
             bank = LesionBank(**{name: stored[name] for name in _FIELDS})

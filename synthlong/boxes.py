@@ -7,17 +7,17 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Box", "box_at", "box_of", "crop", "on_grid", "overlap", "widened", "within"]
+__all__ = ["Region", "box_at", "box_of", "crop", "on_grid", "overlap", "widened", "within"]
 
-Box = tuple[slice, ...]
+Region = tuple[slice, ...]
 
 
-def box_at(start: Iterable[int], shape: Iterable[int]) -> Box:
+def box_at(start: Iterable[int], shape: Iterable[int]) -> Region:
     """Return the box of a shape whose first voxel is `start`."""
     return tuple(slice(s, s + n) for s, n in zip(start, shape, strict=True))
 
 
-def box_of(mask: NDArray, margin: int) -> Box:
+def box_of(mask: NDArray, margin: int) -> Region:
     """Return the bounding box of a non-empty mask, `margin` voxels larger, within the array."""
     box = []
     for axis in range(mask.ndim):
@@ -26,23 +26,23 @@ def box_of(mask: NDArray, margin: int) -> Box:
     return on_grid(widened(tuple(box), margin), mask.shape)
 
 
-def widened(box: Box, margin: int) -> Box:
+def widened(box: Region, margin: int) -> Region:
     """Return a box with so many voxels more on each face."""
     return tuple(slice(b.start - margin, b.stop + margin) for b in box)
 
 
-def on_grid(box: Box, shape: tuple[int, ...]) -> Box:
-    """Return what of a box lies on a grid."""
-    return tuple(slice(max(b.start, 0), min(b.stop, n)) for b, n in zip(box, shape, strict=True))
+def on_grid(box: Region, shape: tuple[int, ...]) -> Region:
+    """Return what of a box lies on a grid; along an axis where nothing does, an empty slice."""
+    return tuple(slice(max(b.start, 0), max(min(b.stop, n), 0)) for b, n in zip(box, shape, strict=True))
 
 
-def overlap(box: Box, other: Box) -> Box | None:
+def overlap(box: Region, other: Region) -> Region | None:
     """Return what two boxes share, None if that is nothing."""
     both = tuple(slice(max(b.start, o.start), min(b.stop, o.stop)) for b, o in zip(box, other, strict=True))
     return both if all(b.start < b.stop for b in both) else None
 
 
-def within(box: Box, outer: Box) -> Box:
+def within(box: Region, outer: Region) -> Region:
     """Return a box as it lies in an array over `outer`."""
     return tuple(slice(b.start - o.start, b.stop - o.start) for b, o in zip(box, outer, strict=True))
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synthlong.bank import LesionBank, read_bank
-from synthlong.boxes import Box, on_grid, widened
+from synthlong.boxes import Region, on_grid, widened
 from synthlong.case import Case
 from synthlong.comparison import shapes_for
 from synthlong.derived import lesions_of, placements_of, profiles_of
@@ -20,7 +20,7 @@ from synthlong.synthesis import SynthesisConfig
 
 __all__ = ["LesionEvent", "Placed", "draw_events"]
 
-Placed = tuple[NDArray[np.bool_], Box]
+Placed = tuple[NDArray[np.bool_], Region]
 """A lesion's voxels in a box of the case's grid, and the box."""
 
 _PLACEMENT_TRIES = 20
@@ -188,7 +188,7 @@ def _draw_synthetic(
     return drawn
 
 
-def _take(taken: NDArray[np.bool_], mask: NDArray[np.bool_], box: Box, margin: int) -> None:
+def _take(taken: NDArray[np.bool_], mask: NDArray[np.bool_], box: Region, margin: int) -> None:
     """Mark a lesion and its surroundings as taken."""
     wide = on_grid(widened(box, margin), taken.shape)
     pad = [(b.start - w.start, w.stop - b.stop) for b, w in zip(box, wide, strict=True)]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from synthlong.boxes import Box, on_grid, widened, within
+from synthlong.boxes import Region, on_grid, widened, within
 from synthlong.case import Case
 from synthlong.tissue import CSF
 
@@ -23,7 +23,7 @@ _CALM = 0.5
 _PAD = _RIM + 4
 
 
-def flow_weight(case: Case, region: Box) -> NDArray[np.float32]:
+def flow_weight(case: Case, region: Region) -> NDArray[np.float32]:
     """Return where fluid may be brighter: 1 in CSF and within 3 voxels of the brain's surface, with a soft edge.
 
     Args:
@@ -37,7 +37,7 @@ def flow_weight(case: Case, region: Box) -> NDArray[np.float32]:
     return (ndimage.gaussian_filter(fluid, _EDGE) * brain)[within(region, wide)]
 
 
-def flow_field(shape: tuple[int, ...], region: Box, *, seed: int) -> NDArray[np.float32]:
+def flow_field(shape: tuple[int, ...], region: Region, *, seed: int) -> NDArray[np.float32]:
     """Return how much brighter: 0 in most places, smooth, 1 at most; the same from any region.
 
     Args:

@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from synthlong.boxes import Box, box_at, on_grid, overlap, widened, within
+from synthlong.boxes import Region, box_at, on_grid, overlap, widened, within
 from synthlong.case import Case
 from synthlong.orientation import AS_IT_LIES, Orientation
 from synthlong.recipe import Recipe
@@ -41,8 +41,8 @@ class Frame:
         grid: Affine of the case's grid.
     """
 
-    region: Box
-    wide: Box
+    region: Region
+    wide: Region
     margins: tuple[int, int]
     shown: Orientation
     scanned: Orientation
@@ -90,7 +90,7 @@ class Frame:
             scan = self.scanned.inverse.apply(scan)
         return np.ascontiguousarray(scan[tuple(slice(margin, n - margin) for n in scan.shape)])
 
-    def _affine_of(self, part: Box, turn: Orientation) -> NDArray[np.float64]:
+    def _affine_of(self, part: Region, turn: Orientation) -> NDArray[np.float64]:
         affine = self.grid.copy()
         affine[:3, 3] += affine[:3, :3] @ np.array([s.start for s in part], float)
         return turn.apply_affine(affine, tuple(s.stop - s.start for s in part))
@@ -110,7 +110,7 @@ def _margin_of(steps: tuple[Any, ...]) -> int:
     return MOVING if any(name == "KSpaceMotion" for name, _ in steps) else 0
 
 
-def _cut_out(array: NDArray, part: Box, region: Box) -> NDArray:
+def _cut_out(array: NDArray, part: Region, region: Region) -> NDArray:
     """Return a region of the grid from an array of a part of it; 0 where that part, and so the grid, ends."""
     inner = overlap(region, part)
     assert inner, "a box shows some of the grid"

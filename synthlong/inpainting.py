@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from synthlong.bank import LesionBank
-from synthlong.boxes import Box, box_at, crop, on_grid
+from synthlong.boxes import Region, box_at, crop, on_grid
 from synthlong.case import Case
 from synthlong.errors import InputError
 from synthlong.healthy import stored_healthy
@@ -82,7 +82,7 @@ def heal(case: Case, inpainter: Inpainter) -> Case:
     return replace(case, healthy=inpainter.fill(case.flair, case.lesions) if stored is None else stored)
 
 
-def _windows(hole: NDArray[np.bool_]) -> list[Box]:
+def _windows(hole: NDArray[np.bool_]) -> list[Region]:
     """Cover the hole's voxels by windows on a fixed lattice, each as large as the grid allows."""
     lattice = [
         sorted({min(start, max(n - _WINDOW, 0)) for start in range(0, max(n - _STRIDE // 2, 1), _STRIDE)})

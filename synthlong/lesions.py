@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from synthlong.boxes import Box, box_of
+from synthlong.boxes import Region, box_of
 
 __all__ = [
     "SMALLEST_EVENT_MM3",
@@ -47,7 +47,7 @@ class LesionMap:
 
     labels: NDArray[np.int32]
     volumes_mm3: NDArray[np.float64]
-    boxes: tuple[Box, ...]
+    boxes: tuple[Region, ...]
     mutable: NDArray[np.bool_]
 
     def __len__(self) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synthlong.bank import LesionBank, read_bank
-from synthlong.boxes import Box, box_at, crop, on_grid, overlap, widened, within
+from synthlong.boxes import Region, box_at, crop, on_grid, overlap, widened, within
 from synthlong.case import Case
 from synthlong.comparison import CopyPainter, EllipsoidPainter, donor_of, shapes_for
 from synthlong.derived import lesions_of
@@ -154,7 +154,7 @@ class _Scan(NamedTuple):
 class _Scene:
     """The part of both visits that lies in a region of the case's grid."""
 
-    def __init__(self, case: Case, scans: list[_Scan], region: Box) -> None:
+    def __init__(self, case: Case, scans: list[_Scan], region: Region) -> None:
         self.case, self.scans, self.region = case, scans, region
         shape = tuple(r.stop - r.start for r in region)
         self.visits = [np.array(scan.flair[region], np.float32) for scan in scans]
@@ -162,7 +162,7 @@ class _Scene:
         self.evolution = np.zeros(shape, np.uint8)
 
     def _record(
-        self, before: NDArray[np.bool_], after: NDArray[np.bool_], event: LesionEvent, at: tuple[Box, Box]
+        self, before: NDArray[np.bool_], after: NDArray[np.bool_], event: LesionEvent, at: tuple[Region, Region]
     ) -> None:
         """Write one lesion's voxels (arrays of one box, `at` = where it meets the region) into the masks."""
         mine, theirs = at
@@ -268,7 +268,7 @@ class _Scene:
                 visit += brighter * beside * flow_field(self.case.shape, self.region, seed=seed)
 
 
-def _meet(box: Box, region: Box) -> tuple[Box, Box] | None:
+def _meet(box: Region, region: Region) -> tuple[Region, Region] | None:
     """Return what two boxes share as it lies in the region and in the box, None if that is nothing."""
     both = overlap(box, region)
     return (within(both, region), within(both, box)) if both else None

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from synthlong.bank import LesionBank, Shape
-from synthlong.boxes import Box, box_at, box_of, on_grid, within
+from synthlong.boxes import Region, box_at, box_of, on_grid, within
 from synthlong.case import Case
 from synthlong.errors import InputError
 from synthlong.hole import FLUID, soft_hole
@@ -146,7 +146,7 @@ def draw_site(
     affine: NDArray[np.float64],
     *,
     volume_mm3: float,
-) -> tuple[Site, NDArray[np.bool_], Box] | None:
+) -> tuple[Site, NDArray[np.bool_], Region] | None:
     """Draw a centre, then a shape for it; None if the centre's surroundings are taken already.
 
     Args:
@@ -172,7 +172,7 @@ def draw_site(
     score = -0.5 * ((bank.log_volumes - np.log(volume_mm3)) / _LOG_VOLUME_SD) ** 2
     score -= 0.5 * (apart**2).sum(axis=1) / _DISTANCE_SD_MM**2
     cumulative = np.cumsum(np.exp(score - score.max()))
-    best: tuple[float, Site, NDArray[np.bool_], Box] | None = None
+    best: tuple[float, Site, NDArray[np.bool_], Region] | None = None
     for _ in range(_SHAPES_TRIED):
         index = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
         index = min(index, len(bank) - 1)
@@ -187,7 +187,7 @@ def draw_site(
     return best[1:] if best else None
 
 
-def site_mask(site: Site, bank: LesionBank, allowed: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], Box]:
+def site_mask(site: Site, bank: LesionBank, allowed: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], Region]:
     """Return the voxels of a placed shape that lie in allowed tissue and hang together with its centre.
 
     By their faces: by corners they would reach across fissures.

@@ -1,4 +1,4 @@
-"""Where the tasks of a run are worked on: processes of this machine, or those of a cluster (`cluster.py`).
+"""Where the tasks of a run are worked on: processes of this machine, or those of a cluster (`dataset/cluster.py`).
 
 A task is a function and one argument, both picklable, and carries all it needs. A worker renders with one torch
 thread: with two, the bits of a result change. A worker that dies (out of memory, preempted) takes down its task

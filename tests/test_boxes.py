@@ -30,6 +30,7 @@ def test_a_widened_box_has_the_margin_on_each_face(box, margin):
 def test_what_of_a_box_lies_on_the_grid(box):
     part = overlap(box, box_at((0, 0, 0), GRID))
     assert (part is not None) == bool(seen(box).any())
+    assert np.array_equal(RAMP[on_grid(box, GRID)].ravel(), seen(box)[seen(box) > 0])
     if part:
         assert part == on_grid(box, GRID)
         assert np.array_equal(RAMP[part], seen(box)[within(part, box)])

@@ -238,6 +238,8 @@ def test_a_bank_of_one_s_own_cases(manifest, tmp_path):
         cases[0], SynthesisConfig(lesion_bank=str(tmp_path / "bank.npz"), new_mean=4), rng_of(1, "a", 0)
     )
     assert max(e.site.shape for e in drawn.events if e.site) < len(read)
+    write_bank(LesionBank.from_shapes([bank[0]], bank.profiles), tmp_path / "bank.npz")
+    assert len(read_bank(tmp_path / "bank.npz")) == 1  # not the one that was read before from there
 
 
 def test_cases_without_lesions_make_no_bank(small_case):

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synthlong.bank import read_bank
+from synthlong.boxes import crop
 from synthlong.case import Case, patient_of
 from synthlong.derived import lesions_of, profiles_of
-from synthlong.inpainting import Inpainter, crop, heal
+from synthlong.inpainting import Inpainter, heal
 from synthlong.lesions import LesionMap, grown
 from synthlong.networks import default_precision
 from synthlong.painting import LesionPainter

@@ -22,8 +22,8 @@ _MARGIN = 8
 
 def measure_removal(fold: Fold, rounds: int) -> tuple[list[dict[str, float | str]], list[tuple[Patch, Patch]]]:
     """Return a row for each hole and method, and (tissue, filled tissue) around each hole."""
+    from synthlong.boxes import crop
     from synthlong.case import patient_of
-    from synthlong.inpainting import crop
 
     from .material import SIDE
 

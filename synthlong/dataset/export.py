@@ -171,8 +171,9 @@ def _describe(out: Path) -> None:
     for suffix, of_all in (("mask", {"Type": "Lesion"}), ("dseg", {})):
         publish(_truth(out) / f"space-MNI152_{suffix}.json", _json(_SPACE | of_all))
     publish(_truth(out) / ".bidsignore", b"*_recipe.json\n")
-    publish(out / "participants.json", _json(_PARTICIPANTS))
-    if not (out / "README").exists():
+    if not (out / "participants.json").exists():
+        publish(out / "participants.json", _json(_PARTICIPANTS))
+    if not any((out / f"README{suffix}").exists() for suffix in ("", ".md", ".rst", ".txt")):
         publish(out / "README", _README.encode())
 
 

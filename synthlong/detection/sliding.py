@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from synthlong.boxes import Box, box_at
+from synthlong.boxes import Region, box_at
 from synthlong.detection.networks import WIDEST_WINDOW, LongitudinalUNet, sees
 from synthlong.errors import ConfigError
 from synthlong.networks import ConvBlock, check_device, default_precision, one_thread
@@ -117,7 +117,7 @@ def probability_map(
 
 
 def _as_in_float32(
-    slider: _Slider, windows: list[Box], inside: NDArray[np.bool_], threshold: float
+    slider: _Slider, windows: list[Region], inside: NDArray[np.bool_], threshold: float
 ) -> NDArray[np.float32]:
     """Return the mean probability over the windows: bf16's where that is clearly below the threshold, else float32's.
 
@@ -151,7 +151,7 @@ class _Slider:
         self.mirrored = mirrored
         self.progress = progress
 
-    def mean(self, windows: list[Box], precision: str, *, stage: str = "windows") -> NDArray[np.float32]:
+    def mean(self, windows: list[Region], precision: str, *, stage: str = "windows") -> NDArray[np.float32]:
         """Return the mean probability over the windows that hold a voxel, 0 where none does."""
         total = np.zeros(self.visits.shape[1:], np.float32)
         count = np.zeros(self.visits.shape[1:], np.float32)
@@ -168,7 +168,7 @@ class _Slider:
                     self.progress(stage, min(done * size, len(windows)), len(windows))
         return total / np.maximum(count, 1)
 
-    def _probability(self, windows: list[Box], size: int, precision: str) -> NDArray[np.float32]:
+    def _probability(self, windows: list[Region], size: int, precision: str) -> NDArray[np.float32]:
         """Return the networks' mean probability in windows; the last is repeated until they are `size`."""
         windows = windows + windows[-1:] * (size - len(windows))
         x = torch.stack([self.visits[:, i, j, k] for i, j, k in windows])[:, :, None]
@@ -218,7 +218,7 @@ def _fast(network: LongitudinalUNet) -> LongitudinalUNet:
     return network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
 
-def _lattice(shape: tuple[int, ...], window: int, stride: int) -> Iterator[Box]:
+def _lattice(shape: tuple[int, ...], window: int, stride: int) -> Iterator[Region]:
     """Yield windows that cover a grid: `stride` apart, the last of each axis moved inside."""
     starts = [[*range(0, n - window, stride), n - window] for n in shape]
     for corner in product(*starts):

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-import lazy_loader
+from synthlong.lazy import names_of
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = names_of(__name__, __file__)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from synthlong.boxes import Box, box_of
+from synthlong.boxes import Region, box_of
 from synthlong.errors import ConfigError
 from synthlong.networks import one_thread
 from synthlong.resampling import Grid, resample
@@ -190,7 +190,7 @@ def _plain_image(ants: ModuleType, data: NDArray, grid: Grid) -> Any:
     return ants.from_numpy(np.ascontiguousarray(data, np.float32), spacing=grid.spacing_mm.tolist())
 
 
-def _put(part: NDArray, shape: tuple[int, ...], box: Box) -> NDArray[np.float32]:
+def _put(part: NDArray, shape: tuple[int, ...], box: Region) -> NDArray[np.float32]:
     whole = np.zeros(shape, np.float32)
     whole[box] = np.maximum(part, 0)
     return whole

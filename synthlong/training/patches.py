@@ -23,7 +23,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from synthlong.boxes import Box, box_at, box_of, crop
+from synthlong.boxes import Region, box_at, box_of, crop
 from synthlong.case import Case
 from synthlong.dataset.shards import ShardDataset, subjects_of
 from synthlong.detection.networks import ConcatUNet, LongitudinalUNet, SegmentationUNet
@@ -236,7 +236,7 @@ class _Scans:
     visits: tuple[NDArray[np.float32], ...]
     mask: NDArray[np.uint8]
     voxels: NDArray[np.int64]
-    bounds: Box
+    bounds: Region
 
     @classmethod
     def of(cls, name: str, seen: Callable[[NDArray[np.float32]], NDArray[np.float32]], *cases: Case) -> Self:
@@ -304,10 +304,10 @@ def _room(count: int, side: int, *, visits: int) -> Drawn:
 def _draw_place(
     rng: np.random.Generator,
     side: int,
-    bounds: Box,
+    bounds: Region,
     shape: tuple[int, ...],
     voxels: NDArray[np.int64] | None,
-) -> Box:
+) -> Region:
     """Draw where a patch lies in an array: with one of these voxels, or anywhere within bounds as far as they reach."""
     if voxels is None:
         low = np.array([b.start for b in bounds])
