@@ -17,7 +17,7 @@ import synthlong
 from synthlong.environment import environment
 from synthlong.errors import ConfigError, InputError, OutputError, short
 from synthlong.lock import LOCK
-from synthlong.plain import canonical_json, differences
+from synthlong.plain import canonical_json, differences, plain_hash
 from synthlong.publishing import is_leftover, publish
 from synthlong.synthesis import SynthesisConfig
 
@@ -175,7 +175,7 @@ def check_space(out: Path, *, need_mb: float) -> None:
 
 def _run_id(plan: dict[str, Any]) -> str:
     decisive = {k: v for k, v in plan.items() if k not in _NOT_DECISIVE}
-    return hashlib.sha256(canonical_json(decisive).encode()).hexdigest()[:16]
+    return plain_hash(decisive)
 
 
 def _relative(source: Path, out: Path) -> str | None:
