@@ -233,8 +233,10 @@ def test_resume_on_another_machine_or_version_is_refused(manifest, whole, out, m
     put(out, whole)
     here = plan.environment("cpu")
     monkeypatch.setattr(plan, "environment", lambda _: here | change)
-    with pytest.raises(ConfigError, match=named):
+    with pytest.raises(ConfigError, match=rf"{named}.*; go on with the versions and the processor that it was begun"):
         generate(manifest, out, **OPTIONS)
+    with pytest.raises(ConfigError, match=r"seed: 5 -> 6.*\); use another folder"):
+        generate(manifest, out, **OPTIONS | {"seed": OPTIONS["seed"] + 1})
     assert bytes_of(out) == whole
 
 

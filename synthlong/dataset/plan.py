@@ -109,7 +109,9 @@ def adopt_plan(out: Path, plan: dict[str, Any]) -> None:
     if old["run_id"] == plan["run_id"]:
         return
     changed = differences(_comparable(old), _comparable(plan))
-    raise ConfigError(f"{out.name}: holds another run ({'; '.join(changed)}); use another folder")
+    same = all(change.startswith(("versions.", "machine.")) for change in changed)
+    way = "go on with the versions and the processor that it was begun with, or use another folder"
+    raise ConfigError(f"{out.name}: holds another run ({'; '.join(changed)}); {way if same else 'use another folder'}")
 
 
 def shard_config(plan: dict[str, Any]) -> dict[str, Any]:
